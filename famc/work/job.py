@@ -1,0 +1,3 @@
+from famc.job import Job
+
+__all__ = ["Job"]

@@ -1,0 +1,146 @@
+"""Runs a job: inputs checked, the kind's worker called, the artifact committed with its record last.
+
+In: a job file. Out: an artifact in the store, or exit 1 with the reason as the log's last lines. What a worker returns
+are the step's metrics; what it writes into its folder are the artifact's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from famc.errors import FamcError, StepFailed, StoreError
+from famc.job import Job, preimage
+from famc.steps import KINDS
+from famc.store import Store, digest
+
+CHECKPOINTS = "checkpoints"  # inside the partial folder; removed before the artifact is committed
+_PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets", "onnxruntime", "onnxruntime-genai", "numpy")
+
+
+def main(argv: list[str]) -> int:
+    """Run the job file that is the only argument."""
+    if len(argv) != 1:
+        print("usage: python -m famc.work JOB.json", file=sys.stderr)
+        return 2
+    try:
+        job = Job.from_json(Path(argv[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{argv[0]}: not a job file: {error}", file=sys.stderr)
+        return 2
+    return execute(job)
+
+
+def execute(job: Job) -> int:
+    """Run a job in this process; 0 or 1. What went wrong is printed, last line first cause."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if job.offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run(job)
+    except FamcError as error:
+        print(f"error: {error.render()}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"error: {job.name}: out of memory; the plan expected {job.memory / 1e9:.2f} GB", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        last = sys.exc_info()[1]
+        print(f"error: {job.name}: {type(last).__name__}: {last}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run a job and commit its artifact; returns the metrics. Raises StepFailed and whatever the worker raises."""
+    store = Store(Path(job.store))
+    worker = KINDS[job.kind].worker
+    if worker is None:
+        raise StepFailed(f"{job.name}: kind '{job.kind}' has no worker in this version of famc")
+    inputs, outputs = _inputs(job, store)
+    out = store.partial(job.name, job.key)
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.iterdir():  # what a killed run left behind; its checkpoints stay
+        if left.name != CHECKPOINTS:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    started, before = time.time(), _cpu_seconds()
+    module = importlib.import_module(f"famc.work.{worker}")
+    metrics: dict[str, Any] = module.run(job, inputs, out)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    record = {
+        **base_record(job, outputs),
+        "metrics": metrics,
+        "seconds": round(time.time() - started, 3),
+        "cpu_seconds": round(_cpu_seconds() - before, 3),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": versions(),
+        "host": {"name": socket.gethostname(), "machine": platform.machine(), "threads": job.threads, "precision": job.precision},
+    }
+    store.commit(job.name, job.key, record)
+    return metrics
+
+
+def base_record(job: Job, outputs: Mapping[str, str]) -> dict[str, Any]:
+    """The part of a record that follows from the job alone. `outputs`: role -> digest of the input's files."""
+    return {
+        "name": job.name,
+        "kind": job.kind,
+        "key": job.key,
+        "inputs": {address: key for address, key in job.inputs.values()},
+        "seed": job.seed,
+        "identity": job.identity,
+        "content": content(job, outputs),
+    }
+
+
+def content(job: Job, outputs: Mapping[str, str]) -> str:
+    """Like the key, but from the inputs' bytes: equal content gives equal output whatever the inputs' keys are."""
+    return digest(preimage(job.kind, job.version, job.params, outputs))
+
+
+def _inputs(job: Job, store: Store) -> tuple[dict[str, Path], dict[str, str]]:
+    folders: dict[str, Path] = {}
+    outputs: dict[str, str] = {}
+    for role, (address, key) in job.inputs.items():
+        if not store.has(address, key):
+            raise StoreError(f"{job.name} needs {address}, which is not in the store", "famc build makes it first")
+        record = store.record(address, key)
+        folder = store.path(address, key)
+        for relative, entry in record["files"].items():
+            path = folder / relative
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise StoreError(f"{address}: {relative} is not what its record says", "famc verify tells what is damaged")
+        folders[role] = folder
+        outputs[role] = record["output"]
+    return folders, outputs
+
+
+def _cpu_seconds() -> float:
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change an output."""
+    found = {"python": platform.python_version()}
+    for package in (*_PACKAGES, "famc"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
