@@ -7,18 +7,19 @@ names, sizes and times of local data files. `inputs` bear identity; `after` is o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from famc.checks import Names, check, split_ref
 from famc.cost.parameters import count
 from famc.cost.shape import Shape
-from famc.errors import Problem, SpecError
+from famc.errors import Problem, SpecError, did_you_mean
 from famc.spec.family import EvalTask, Export, Gate, Mix, StageSpec
-from famc.spec.load import Spec, merge
-from famc.steps import KINDS, others
+from famc.spec.load import Spec, draft, rehearsal
+from famc.steps import KINDS, STAGES, others
 from famc.steps.adopt import Adopt
 from famc.steps.base import RUNTIME, Amount, Setting, Training, Work
 from famc.steps.corpus import amount as corpus_amount
@@ -94,14 +95,26 @@ class Graph:
         return seen
 
 
+def open_family(
+    file: Path, *, profile: str | None = None, sets: Sequence[str] = (), smoke: bool = False
+) -> Graph:
+    """A spec's file -> its graph. Raises SpecError with every mistake in it at once."""
+    return resolve(draft(file, STAGES, profile=profile, sets=sets, smoke=smoke))
+
+
 def resolve(spec: Spec) -> Graph:
-    """The graph of a spec. Raises SpecError with every mistake that following names brings to light."""
-    problems = check(spec, KINDS)
+    """The graph of a spec, mistakes and all as `draft` left it. Raises SpecError with every mistake.
+
+    For a rehearsal the spec is checked as it is written, and made small afterwards.
+    """
+    problems = check(spec)
     if problems:
         raise SpecError(problems)
+    if spec.smoke and spec.full is None:
+        spec = rehearsal(spec, STAGES)
     builder = _Builder(spec)
     builder.build()
-    problems = builder.problems + _unmatched(spec, builder.nodes)
+    problems = _unmatched(spec, builder.nodes, builder.gated)
     if problems:
         raise SpecError(problems)
     return Graph(_ordered(builder.nodes), spec)
@@ -115,11 +128,11 @@ class _Builder:
         self.family = spec.family
         self.names = Names(spec)
         self.nodes: dict[str, Node] = {}
-        self.problems: list[Problem] = []
-        self.stages: dict[tuple[Any, ...], tuple[StageSpec, dict[str, str]]] = {}
+        self.gated: set[int] = set()  # gates of the spec that became steps
         self.shapes = {size: shape_of(spec.family, size) for size in spec.family.sizes}
         self.params = {size: count(shape).total for size, shape in self.shapes.items()}
-        self.place = list(spec.family.place.items())
+        full = spec.full or spec.family  # a rehearsal compares the sizes that the whole family would
+        self.rank = {size: count(shape_of(full, size)).total for size in full.sizes}
 
     # --- what is published -----------------------------------------------------------------------------------------
 
@@ -146,15 +159,9 @@ class _Builder:
     def add(self, node: Node) -> str:
         if node.name in self.nodes:
             return node.name
-        backend = self.backend(node.name)
+        backend = self.names.backend(node.name)
         self.nodes[node.name] = node if backend is None else _replace(node, backend=backend)
         return node.name
-
-    def backend(self, name: str) -> str | None:
-        for pattern, backend in self.place:
-            if pattern != "default" and fnmatch.fnmatchcase(name, pattern):
-                return backend
-        return self.family.place.get("default") or next(iter(self.family.backends), None)
 
     # --- stages ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +179,8 @@ class _Builder:
         if spec.from_:
             inputs["model"] = self.model(spec.from_, size)
         if spec.data is not None:
-            data_name, mix, fmt = self.names.mix_of(stage, spec.data)
+            own = [k for k in self.names.overrides(stage, size) if "data" in spec.by[k]]
+            data_name, mix, fmt = self.names.mix_of(".".join([stage, *own[-1:]]), spec.data)
             inputs["data"] = self.mix(data_name, mix, fmt)
             data = mix_amount(self.family, mix, fmt, self.source)
         else:
@@ -198,22 +206,14 @@ class _Builder:
     def stage_at(self, size: str, stage: str) -> tuple[StageSpec, dict[str, str]]:
         """A stage with the overrides of the size's groups, backend and own name laid over it; who wrote each field."""
         spec = self.family.stages[stage]
-        backend = self.backend(f"{size}/{stage}")
-        keys = [g for g, members in self.family.groups.items() if g in spec.by and size in members]
-        keys += [k for k in (backend, size) if k is not None and k in spec.by and k not in keys]
-        cache = (stage, *keys)
-        if cache not in self.stages:
-            written = {k: self.spec.origin(("stages", stage, k)) or "" for k in spec.model_dump(exclude_unset=True, by_alias=True)}
-            result = spec
-            if keys:
-                raw = spec.model_dump(exclude_unset=True, by_alias=True)
-                for key in keys:
-                    raw = merge(raw, spec.by[key])
-                    for changed in spec.by[key]:
-                        written[changed] = f"by {key}, {self.spec.origin(('stages', stage, 'by', key, changed)) or ''}"
-                result = type(spec).model_validate(raw)
-            self.stages[cache] = (result, written)
-        return self.stages[cache]
+        written = {
+            key: self.spec.origin(("stages", stage, key)) or ""
+            for key in spec.model_dump(exclude_unset=True, by_alias=True)
+        }
+        for key in self.names.overrides(stage, size):
+            for changed in spec.by[key]:
+                written[changed] = f"by {key}, {self.spec.origin(('stages', stage, 'by', key, changed)) or ''}"
+        return self.names.stage_at(stage, size), written
 
     def model(self, ref: str, size: str) -> str:
         """The node that `stage`, `variant`, `stage@size` or `variant@size` means at a size."""
@@ -343,12 +343,14 @@ class _Builder:
             )  # fmt: skip
         )
 
-    def tasks(self, suite: str) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    def tasks(self, suite: str) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:
         """A suite's tasks with their data, and why it can't run here (if so)."""
         declared = self.family.evals.get(suite)
-        tasks: list[dict[str, Any]] = []
+        tasks: list[Mapping[str, Any]] = []
         missing: list[str] = []
-        for task in declared or [EvalTask.model_construct(task=name) for name in others.SUITES[suite]]:
+        built_in = () if declared else others.SUITES[suite]
+        # a built-in suite may name a task that has no worker yet, which a spec may not
+        for task in declared or [EvalTask.model_construct(task=name) for name in built_in]:  # type: ignore[arg-type]
             if task.task not in others.TASKS_READY:
                 missing.append(f"evaluation '{task.task}' can be planned, but this version of famc has no worker for it")
             data = task.data or self.names.default_data(suite, task.task)
@@ -412,14 +414,17 @@ class _Builder:
         """Gate nodes of a variant and its exports."""
         made: list[str] = []
         gated: set[str] = set()
-        for gate in self.family.gates:
+        for index, gate in enumerate(self.family.gates):
             for export, parity, label, _ in exports:
-                if parity and (gate.parity or gate.max_drop) and fnmatch.fnmatchcase(export, gate.match):
-                    made.append(self.gate(size, variant, f"gate.{gate.name or label}", gate, {"parity": parity}))
-                    gated.add(export)
+                if (gate.parity or gate.max_drop) and fnmatch.fnmatchcase(export, gate.match):
+                    self.gated.add(index)
+                    if parity:
+                        made.append(self.gate(size, variant, f"gate.{gate.name or label}", gate, {"parity": parity}))
+                        gated.add(export)
             if matches(gate, size, variant) and not (gate.parity or gate.max_drop):
                 inputs = self.gate_inputs(gate, size, variant)
                 if inputs is not None:
+                    self.gated.add(index)
                     made.append(self.gate(size, variant, f"gate.{gate_name(gate)}", gate, inputs))
         for export, parity, label, _ in exports:
             if parity and export not in gated:
@@ -437,10 +442,11 @@ class _Builder:
                 return None  # the variant to beat does not exist at this size
             inputs["beats"] = self.eval(at, name, suite)
         if gate.across:
-            sizes = [s for s in self.family.sizes_of(self.family.variants[variant].sizes) if self.params[s] < self.params[size]]
+            made = self.family.sizes_of(self.family.variants[variant].sizes)
+            sizes = [s for s in made if self.rank[s] < self.rank[size]]
             if not sizes:
                 return None
-            smaller = max(sizes, key=lambda s: self.params[s])
+            smaller = max(sizes, key=lambda s: self.rank[s])
             inputs["beats"] = self.eval(smaller, variant, suite)
         return inputs
 
@@ -483,7 +489,7 @@ class _Builder:
         params = {"repo": repo, "to": release.to, "dry_run": release.dry_run, "license": family.family.license,
                   "max_context": self.shapes[size].context}  # fmt: skip
         runtime = {"path": release.path, "collection": release.collection}
-        missing = ()
+        missing: tuple[str, ...] = ()
         if release.to == "hf" and not release.dry_run:
             missing = ("uploading to the hub can be planned, but this version of famc prepares the folder only: set release.dry_run",)
         self.add(Node(f"{size}/{variant}/release", "release", size, variant, params, runtime, inputs=inputs, after=after,
@@ -571,24 +577,17 @@ def _ordered(nodes: Mapping[str, Node]) -> dict[str, Node]:
     return done
 
 
-def _unmatched(spec: Spec, nodes: Mapping[str, Node]) -> list[Problem]:
-    """Globs that match nothing: a misspelt gate must not pass for a gate that holds."""
+def _unmatched(spec: Spec, nodes: Mapping[str, Node], gated: set[int]) -> list[Problem]:
+    """Gates and places that came to nothing: one that is misspelt must not pass for one that holds."""
     problems = []
-    family = spec.family
-    published = [(n.size or "", n.variant or "") for n in nodes.values() if n.kind == "release"]
-    exports = [n.name for n in nodes.values() if n.kind == "export"]
-    for index, gate in enumerate(family.gates):
-        if gate.parity or gate.max_drop:
-            hit = any(fnmatch.fnmatchcase(name, gate.match) for name in exports)
-            hint = f"exports are called {exports[0]}" if exports else "the spec has no exports"
-        else:
-            hit = any(matches(gate, size, variant) for size, variant in published)
-            hint = f"variants are called {'/'.join(published[0])}" if published else ""
-        if not hit:
-            problems.append(spec.problem(("gates", index, "match"), f"gates.{index}: {gate.match!r} matches nothing", hint))
-    for pattern in family.place:
+    for index, gate in enumerate(spec.family.gates):
+        if index not in gated:
+            what = f"'{gate.beats}' is made at none of its sizes" if gate.beats else "it has no two sizes to compare"
+            message = f"gates.{index}: '{gate.match}' compares nothing: {what}"
+            problems.append(spec.problem(("gates", index, "match"), message))
+    for pattern in spec.family.place:
         if pattern != "default" and not any(fnmatch.fnmatchcase(name, pattern) for name in nodes):
-            problems.append(spec.problem(("place", pattern), f"place: {pattern!r} matches no step", f"steps are called {next(iter(nodes))}", key=True))
+            hint = did_you_mean(pattern, nodes) if "*" not in pattern else f"steps are called {next(iter(nodes))}"
+            message = f"place: '{pattern}' matches no step"
+            problems.append(spec.problem(("place", pattern), message, hint, key=True))
     return problems
-
-

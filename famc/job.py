@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from famc.store import digest
+
 
 @dataclass(frozen=True)
 class Job:
@@ -72,6 +74,26 @@ class Job:
 def preimage(kind: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """All that bears a step's identity. `schema` is the version of this very composition."""
     return {"schema": KEY_SCHEMA, "kind": kind, "version": version, "params": params, "inputs": inputs}
+
+
+def content(job: Job, outputs: Mapping[str, str]) -> str:
+    """Like the key, but from the inputs' bytes: equal content gives equal output whatever the inputs' keys are.
+
+    `outputs`: role -> digest of the input's files."""
+    return digest(preimage(job.kind, job.version, job.params, outputs))
+
+
+def base_record(job: Job, outputs: Mapping[str, str]) -> dict[str, Any]:
+    """The part of an artifact's record that follows from the job alone."""
+    return {
+        "name": job.name,
+        "kind": job.kind,
+        "key": job.key,
+        "inputs": {address: key for address, key in job.inputs.values()},
+        "seed": job.seed,
+        "identity": job.identity,
+        "content": content(job, outputs),
+    }
 
 
 KEY_SCHEMA = 1

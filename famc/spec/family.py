@@ -19,9 +19,9 @@ Some = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v
 
 
 class Strict(BaseModel):
-    """Frozen, and a key that isn't declared is an error."""
+    """Frozen; a key that isn't declared is an error, and so is a value of another type (`true` is no number)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class About(Strict):
@@ -38,8 +38,12 @@ class Arch(Strict):
     """The architecture that all sizes share."""
 
     type: str = Field(description="Hugging Face model_type: qwen3, qwen3_moe, llama")
-    head_dim: int | None = Field(None, ge=2, le=1024, description="width of one attention head; default hidden / heads")
-    vocab_pad: int | None = Field(None, ge=1, le=2**24, description="rows of the embedding: one for the whole family")
+    head_dim: int | None = Field(
+        None, ge=2, le=1024, description="width of one attention head; default hidden / heads"
+    )
+    vocab_pad: int | None = Field(
+        None, ge=1, le=2**24, description="rows of the embedding: one for the whole family"
+    )
     context: int = Field(2048, ge=8, le=2**24, description="positions at pretraining")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
 
@@ -59,11 +63,15 @@ class Size(Strict):
     hidden: int | None = Field(None, ge=8, le=2**20, description="hidden_size")
     ffn: int | None = Field(None, ge=8, le=2**22, description="intermediate_size of the dense feed-forward")
     heads: int | None = Field(None, ge=1, le=4096, description="attention heads")
-    kv_heads: int | None = Field(None, ge=1, le=4096, description="key/value heads; default: as many as heads")
+    kv_heads: int | None = Field(
+        None, ge=1, le=4096, description="key/value heads; default: as many as heads"
+    )
     tie: bool | None = Field(None, description="share the embedding with the output head; default false")
     moe: MoeSize | None = Field(None, description="experts instead of a dense feed-forward (arch qwen3_moe)")
     preset: str | None = Field(None, description="a published shape, e.g. qwen3-0.6b")
-    params: Count | None = Field(None, description="total parameters: famc solves the dimensions and prints them")
+    params: Count | None = Field(
+        None, description="total parameters: famc solves the dimensions and prints them"
+    )
 
 
 class TrainOn(Strict):
@@ -86,16 +94,22 @@ class TokenizerSpec(Strict):
 class HeldOut(Strict):
     """What a source keeps back for evaluation."""
 
-    by: Literal["document", "group"] = Field("group", description="unit that is never split: the document, or its group")
+    by: Literal["document", "group"] = Field(
+        "group", description="unit that is never split: the document, or its group"
+    )
     fraction: float = Field(0.1, ge=0, lt=1, description="share of units kept back")
 
 
 class Source(Strict):
     """Where text comes from. One of path, hf, pystdlib, synth."""
 
-    path: str | None = Field(None, description="file, folder or glob: jsonl(.gz), parquet, arrow, txt, md, py")
+    path: str | None = Field(
+        None, description="file, folder or glob: jsonl(.gz), parquet, arrow, txt, md, py"
+    )
     hf: str | None = Field(None, description="dataset on the Hugging Face hub; needs revision")
-    revision: str | None = Field(None, description="commit of the hub dataset: pinned, so that data can't move")
+    revision: str | None = Field(
+        None, description="commit of the hub dataset: pinned, so that data can't move"
+    )
     split: str = Field("train", description="split of the hub dataset")
     pystdlib: Literal["source", "docs", "questions", "preferences"] | None = Field(
         None, description="the interpreter's own standard library"
@@ -104,14 +118,20 @@ class Source(Strict):
     n: Count | None = Field(None, ge=1, description="examples that a generator makes, or at most reads")
     from_: str | None = Field(None, alias="from", description="source that a generator starts from")
     by: str | None = Field(None, description="variant@size whose model generates")
-    keep: dict[str, float] | None = Field(None, description="filters on generated examples, e.g. {cosine: 0.7}")
+    keep: dict[str, float] | None = Field(
+        None, description="filters on generated examples, e.g. {cosine: 0.7}"
+    )
     format: Literal["text", "messages", "preference", "prompts", "pairs", "image_text", "audio_text"] = Field(
         "text", description="what one record holds"
     )
     text_field: str = Field("text", description="column that holds the text of a text source")
-    group_field: str | None = Field(None, description="column whose value is never split over train and held-out")
+    group_field: str | None = Field(
+        None, description="column whose value is never split over train and held-out"
+    )
     rate: int | None = Field(None, ge=1000, le=384000, description="sample rate of audio, Hz")
-    clean: str = Field("none", description="cleaning recipe: a name in data.clean, or built in: none, text, web, code")
+    clean: str = Field(
+        "none", description="cleaning recipe: a name in data.clean, or built in: none, text, web, code"
+    )
     heldout: HeldOut = Field(HeldOut(), description="what is kept back for evaluation")
     license: str | None = Field(None, description="licence of the data, for the cards")
 
@@ -119,10 +139,16 @@ class Source(Strict):
 class Mix(Strict):
     """Sources by weight, to an exact number of tokens."""
 
-    tokens: Count | None = Field(None, ge=1, description="tokens of the packed mixture; default: everything once")
+    tokens: Count | None = Field(
+        None, ge=1, description="tokens of the packed mixture; default: everything once"
+    )
     weights: dict[str, float] = Field(description="share by source, or by source.tier; relative")
-    max_epochs: float = Field(4.0, gt=0, le=1000, description="a source repeated more often than this is an error")
-    lengths: dict[str, float] | None = Field(None, description="share of documents by length in tokens, e.g. {4k-16k: 1}")
+    max_epochs: float = Field(
+        4.0, gt=0, le=1000, description="a source repeated more often than this is an error"
+    )
+    lengths: dict[str, float] | None = Field(
+        None, description="share of documents by length in tokens, e.g. {4k-16k: 1}"
+    )
 
 
 class Data(Strict):
@@ -158,7 +184,9 @@ class EvalTask(Strict):
     """One measurement of a suite."""
 
     task: Literal["bits_per_byte", "answers", "preference", "lm_eval"] = Field(description="what is measured")
-    data: str | None = Field(None, description="source whose held-out part is used; default: what the variant trained on")
+    data: str | None = Field(
+        None, description="source whose held-out part is used; default: what the variant trained on"
+    )
     n: int | None = Field(None, ge=1, le=10**7, description="examples at most")
     max_new_tokens: int = Field(64, ge=1, le=32768, description="tokens that a generated answer may have")
     tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness task names (task: lm_eval)")
@@ -190,7 +218,9 @@ class Parity(Strict):
     tokenizer: Literal["exact"] | None = Field(None, description="ids equal on held-out text")
     template: Literal["exact"] | None = Field(None, description="rendered conversation equal")
     kl: float | None = Field(None, ge=0, description="mean KL divergence per token, nats, at most")
-    perplexity: float | None = Field(None, ge=0, description="relative rise of perplexity, at most (0.03 = 3 %)")
+    perplexity: float | None = Field(
+        None, ge=0, description="relative rise of perplexity, at most (0.03 = 3 %)"
+    )
     greedy: float | None = Field(None, ge=0, le=1, description="share of greedy answers that must be equal")
 
 
@@ -215,11 +245,19 @@ class Gate(Strict):
     name: Name | None = Field(None, description="what the gate is called; default: from its condition")
     parity: Parity | None = Field(None, description="an export against its source")
     max_drop: MaxDrop | None = Field(None, description="an export's scores against its source's")
-    require: dict[str, Bound] | None = Field(None, description="limits by metric, e.g. {bits_per_byte: {max: 1.6}}")
-    beats: str | None = Field(None, description="variant, or stage, that it must score better than at the same size")
-    metrics: tuple[str, ...] = Field((), description="metrics that must be better; default: the suite's main one")
+    require: dict[str, Bound] | None = Field(
+        None, description="limits by metric, e.g. {bits_per_byte: {max: 1.6}}"
+    )
+    beats: str | None = Field(
+        None, description="variant, or stage, that it must score better than at the same size"
+    )
+    metrics: tuple[str, ...] = Field(
+        (), description="metrics that must be better; default: the suite's main one"
+    )
     suite: str | None = Field(None, description="suite that both are scored on")
-    within: float | None = Field(None, ge=0, description="with beats: may be worse by this share (0.02 = 2 %)")
+    within: float | None = Field(
+        None, ge=0, description="with beats: may be worse by this share (0.02 = 2 %)"
+    )
     across: Literal["sizes"] | None = Field(None, description="compare sizes with each other")
     monotonic: str | None = Field(None, description="suite on which a bigger size must not score worse")
 
@@ -233,7 +271,9 @@ class BackendUse(Strict):
     nodes: int = Field(1, ge=1, le=100_000, description="nodes at most")
     cpu: int | None = Field(None, ge=1, le=4096, description="cores; default: those of this machine")
     ram: Bytes | None = Field(None, description="memory for famc's jobs; default: this machine's")
-    scheduler: Literal["local", "slurm", "kubernetes", "skypilot"] = Field("local", description="how jobs start")
+    scheduler: Literal["local", "slurm", "kubernetes", "skypilot"] = Field(
+        "local", description="how jobs start"
+    )
     partition: Name | None = Field(None, description="Slurm partition")
     usd_per_gpu_hour: float | None = Field(None, ge=0, description="price of one accelerator-hour")
     usd_per_hour: float | None = Field(None, ge=0, description="price of one node-hour")
@@ -267,14 +307,18 @@ class Family(Strict):
     groups: dict[Name, tuple[str, ...]] = Field({}, description="sizes by a common name")
     tokenizer: TokenizerSpec = Field(TokenizerSpec(), description="the tokenizer")
     data: Data = Field(Data(), description="sources, recipes, mixes")
-    stages: dict[Name, StageSpec] = Field(min_length=1, description="recipes without a size; edges are `from`")
+    stages: dict[Name, StageSpec] = Field(
+        min_length=1, description="recipes without a size; edges are `from`"
+    )
     variants: dict[Name, Variant] = Field(min_length=1, description="what is published")
     evals: dict[Name, tuple[EvalTask, ...]] = Field({}, description="suites by name")
     exports: tuple[Export, ...] = Field((), description="formats")
     gates: tuple[Gate, ...] = Field((), description="conditions")
     targets: dict[Name, Target] = Field({}, description="devices that exports must fit on")
     backends: dict[Name, BackendUse] = Field({}, description="hardware")
-    place: dict[str, str] = Field({}, description="backend by glob over step addresses; `default` for the rest")
+    place: dict[str, str] = Field(
+        {}, description="backend by glob over step addresses; `default` for the rest"
+    )
     release: Release = Field(Release(), description="where the family goes")
     profiles: dict[Name, dict[str, Any]] = Field({}, description="named sets of overrides: path -> value")
 
@@ -295,4 +339,6 @@ class Family(Strict):
             return spec.stage
         if size in spec.stage:  # a size's own line wins over its group's
             return spec.stage[size]
-        return next((stage for group, stage in spec.stage.items() if size in self.groups.get(group, ())), None)
+        return next(
+            (stage for group, stage in spec.stage.items() if size in self.groups.get(group, ())), None
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -10,37 +11,42 @@ from pydantic import BeforeValidator, WithJsonSchema
 # tokens, examples and parameters count in powers of 1,000 …
 _COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 # … and so do bytes, as disks and prices do; KiB, MiB, GiB are the powers of 1,024
-_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-zA-Z]*)\s*")
+_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_AMOUNT = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{1,3})?)\s*([a-zA-Z]*)\s*")
+_MOST = 10**18
 
 
 def _parse(value: Any, units: dict[str, int], example: str) -> int:
-    if isinstance(value, bool):
-        raise ValueError(f"expected an amount such as {example}, not {value}")
-    if isinstance(value, int | float):
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ValueError(f"expected an amount such as {example}, not {value}")
-        number, unit = float(value), ""
-        if float(value).is_integer():
-            return _bounded(int(value))
-    elif isinstance(value, str) and (match := _AMOUNT.fullmatch(value)):
-        number, unit = float(match[1]), match[2].lower()
-    else:
-        raise ValueError(f"expected an amount such as {example}, not {value!r}")
+    match = _AMOUNT.fullmatch(value) if isinstance(value, str) else None
+    if isinstance(value, bool) or not (match or isinstance(value, int | float)) or value != value:
+        raise ValueError(f"expected an amount such as {example}, not {_short(value)}")
+    unit = match[2].lower() if match else ""
     if unit and unit not in units:
-        raise ValueError(f"unknown unit {unit!r} in {value!r}: use one of {', '.join(u for u in units if u)}")
-    if not number < 1e30:
-        raise ValueError(f"{value!r} is beyond any model's reach")
-    amount = number * units.get(unit, 1)
+        raise ValueError(
+            f"unknown unit '{match[2] if match else unit}' in {_short(value)}: use {', '.join(u for u in units if u)}"
+        )
+    amount = Decimal(match[1] if match else str(value)) * units.get(unit, 1)
+    if amount < 0:
+        raise ValueError(f"must be at least 0, not {_short(value)}")
+    if amount > _MOST:
+        raise ValueError(f"must be at most 10**18, not {_short(value)}")
     if amount != int(amount):
-        raise ValueError(f"{value!r} is not a whole number")
-    return _bounded(int(amount))
+        raise ValueError(f"{_short(value)} is not a whole number")
+    return int(amount)
 
 
-def _bounded(amount: int) -> int:
-    if not 0 <= amount <= 10**18:
-        raise ValueError(f"{amount} is out of range: 0 to 10**18")
-    return amount
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def count(value: Any) -> int:
@@ -69,6 +75,8 @@ def show_bytes(amount: float) -> str:
     return f"{amount:.0f} B"
 
 
-_AMOUNT_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*[a-zA-Z]*$"}]}
+_AMOUNT_SCHEMA = {
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?\s*[a-zA-Z]*$"}]
+}
 Count = Annotated[int, BeforeValidator(count), WithJsonSchema(_AMOUNT_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(size_in_bytes), WithJsonSchema(_AMOUNT_SCHEMA)]

@@ -106,7 +106,10 @@ class Training(StageSpec):
     context: int | None = Field(None, ge=8, le=2**24, description="tokens a row; default: the family's")
     rope_theta: float | None = Field(None, gt=0, description="new rotary base; needed to go beyond the parent's positions")
     lr: Annotated[Lr, BeforeValidator(_number_is_peak)] = Field(Lr(), description="a number, or peak and schedule")
-    weight_decay: float | None = Field(None, ge=0, le=10, description="AdamW, on matrices only")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised momentum on the blocks' matrices (arXiv 2502.16982), AdamW on the rest"
+    )
+    weight_decay: float | None = Field(None, ge=0, le=10, description="decoupled, on matrices only")
     betas: tuple[float, float] | None = Field(None, description="AdamW moments")
     clip: float | None = Field(None, gt=0, description="gradient norm at most")
     lora: Lora | None = Field(None, description="train adapters only")

@@ -13,20 +13,22 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from famc.errors import FamcError, StepFailed, StoreError
-from famc.job import Job, preimage
+from famc.job import Job, base_record
 from famc.steps import KINDS
-from famc.store import Store, digest
+from famc.store import Store
 
+LIFE = "FAMC_LIFE"  # "stdin": the build holds the other end
 CHECKPOINTS = "checkpoints"  # inside the partial folder; removed before the artifact is committed
 _PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets", "onnxruntime", "onnxruntime-genai", "numpy")
 
@@ -45,7 +47,10 @@ def main(argv: list[str]) -> int:
 
 
 def execute(job: Job) -> int:
-    """Run a job in this process; 0 or 1. What went wrong is printed, last line first cause."""
+    """Run a job in this process; 0 or 1. What went wrong is printed, the last line first cause."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the build stops its jobs itself
+    if os.environ.get(LIFE) == "stdin":
+        threading.Thread(target=_die_with_build, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if job.offline:
@@ -65,6 +70,13 @@ def execute(job: Job) -> int:
         print(f"error: {job.name}: {type(last).__name__}: {last}", file=sys.stderr)
         return 1
     return 0
+
+
+def _die_with_build() -> None:
+    """A job must not outlive its build: a build that starts again would work beside it. End of stdin means death."""
+    with contextlib.suppress(OSError):
+        os.read(0, 1)  # not sys.stdin: a thread inside its lock would abort the interpreter's end
+    os._exit(1)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -94,24 +106,6 @@ def run(job: Job) -> dict[str, Any]:
     }
     store.commit(job.name, job.key, record)
     return metrics
-
-
-def base_record(job: Job, outputs: Mapping[str, str]) -> dict[str, Any]:
-    """The part of a record that follows from the job alone. `outputs`: role -> digest of the input's files."""
-    return {
-        "name": job.name,
-        "kind": job.kind,
-        "key": job.key,
-        "inputs": {address: key for address, key in job.inputs.values()},
-        "seed": job.seed,
-        "identity": job.identity,
-        "content": content(job, outputs),
-    }
-
-
-def content(job: Job, outputs: Mapping[str, str]) -> str:
-    """Like the key, but from the inputs' bytes: equal content gives equal output whatever the inputs' keys are."""
-    return digest(preimage(job.kind, job.version, job.params, outputs))
 
 
 def _inputs(job: Job, store: Store) -> tuple[dict[str, Path], dict[str, str]]:

@@ -1,0 +1,378 @@
+"""What is published: variants, evaluations, exports, gates, the release."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import string
+from collections.abc import Iterator
+
+from famc.checks.names import DATA, SIZES, model_ref, safe_shape, unknown
+from famc.cost.layout import Layout
+from famc.cost.memory import inference
+from famc.cost.parameters import count
+from famc.cost.shape import Shape
+from famc.errors import did_you_mean
+from famc.spec.family import Export, Gate, Target
+from famc.spec.load import Spec
+from famc.spec.text import Path
+from famc.spec.words import Fault
+from famc.steps import others
+from famc.steps.mixes import format_of
+
+BUILTIN_TARGETS = ("cpu", "cuda")
+CONDITIONS = ("parity", "max_drop", "require", "beats", "monotonic")
+REPO_FIELDS = ("family", "org", "size", "variant", "-variant", "export", "-export")
+
+
+def variants(spec: Spec) -> Iterator[Fault]:
+    """The stage of each variant at each of its sizes."""
+    family = spec.family
+    for name, variant in family.variants.items():
+        path: Path = ("variants", name)
+        label = f"variants.{name}"
+        yield from _size_names(spec, variant.sizes, (*path, "sizes"), f"{label}.sizes")
+        stages = {"": variant.stage} if isinstance(variant.stage, str) else variant.stage
+        for where, stage in stages.items():
+            spot: Path = (*path, "stage", where) if where else (*path, "stage")
+            yield from unknown(spec, spot, f"{label}: no stage is called", stage, ("stages",))
+            if where:
+                yield from unknown(
+                    spec, spot, f"{label}.stage: no size or group is called", where, SIZES, key=True
+                )
+        whole = not (spec.touched(*path) or spec.touched("groups") or spec.touched("sizes"))
+        for size in family.sizes_of(variant.sizes) if whole else ():
+            if family.stage_of(name, size) is None:
+                message = f"{label}: size '{size}' has no stage"
+                yield Fault((*path, "stage"), message, f"add '{size}' to {label}.stage", key=True)
+        if variant.eval is not None:
+            yield from unknown(
+                spec, (*path, "eval"), f"{label}.eval: unknown suite", variant.eval, ("evals",), others.SUITES
+            )
+
+
+def _size_names(spec: Spec, sizes: str | tuple[str, ...], path: Path, label: str) -> Iterator[Fault]:
+    if not sizes:
+        yield Fault(path, f"{label} is empty", "write all, a group, or a list of sizes")
+    listed = isinstance(sizes, tuple)
+    for index, name in enumerate((sizes,) if isinstance(sizes, str) else sizes):
+        where = (*path, index) if listed else path
+        yield from unknown(spec, where, f"{label}: no size or group is called", name, SIZES, ("all",))
+
+
+def evals(spec: Spec) -> Iterator[Fault]:
+    """What suites measure, and on which data."""
+    family = spec.family
+    for suite, tasks in family.evals.items():
+        if not tasks:
+            yield Fault(("evals", suite), f"evals.{suite} is empty", "write at least one task", key=True)
+        for index, task in enumerate(tasks):
+            path: Path = ("evals", suite, index)
+            if task.task == "lm_eval" and not task.tasks:
+                yield Fault(path, f"evals.{suite}: task 'lm_eval' needs 'tasks'", "for example [arc_easy]")
+            if task.task != "lm_eval" and task.tasks:
+                yield Fault(
+                    (*path, "tasks"), f"evals.{suite}: 'tasks' is only for lm_eval", "remove it", key=True
+                )
+            if task.data is None:
+                continue
+            at: Path = (*path, "data")
+            yield from unknown(spec, at, f"evals.{suite}: no source is called", task.data, ("data.sources",))
+            source = family.data.sources.get(task.data)
+            if source is None or spec.touched("data", "sources", task.data):
+                continue
+            wanted = others.FORMATS.get(task.task)
+            if wanted is None:
+                yield Fault(
+                    at, f"evals.{suite}: '{task.task}' brings its own data", "remove 'data'", key=True
+                )
+            elif format_of(source) != wanted:
+                message = f"evals.{suite}: '{task.task}' reads {wanted}, '{task.data}' is of format '{format_of(source)}'"
+                yield Fault(at, message)
+            elif source.heldout.fraction == 0:
+                message = f"evals.{suite}: '{task.data}' keeps nothing back (heldout.fraction is 0)"
+                yield Fault(at, message, "evaluations read the held-out part")
+
+
+def exports(spec: Spec) -> Iterator[Fault]:
+    """Variants, sizes and options of each export."""
+    family = spec.family
+    made: dict[tuple[str, str, str], tuple[int, Export]] = {}
+    for index, export in enumerate(family.exports):
+        path: Path = ("exports", index)
+        label = f"exports.{index}"
+        if not export.variants:
+            yield Fault(
+                (*path, "variants"), f"{label}.variants is empty", "write at least one variant", key=True
+            )
+        for position, variant in enumerate(export.variants):
+            yield from unknown(
+                spec, (*path, "variants", position), f"{label}: no variant is called", variant, ("variants",)
+            )
+        yield from _size_names(spec, export.sizes, (*path, "sizes"), f"{label}.sizes")
+        yield from _options(path, label, export)
+        if export.calibrate is not None:
+            at: Path = (*path, "calibrate", "data")
+            yield from unknown(
+                spec, at, f"{label}.calibrate: no mix or source is called", export.calibrate.data, DATA
+            )
+        for target in export.target:
+            yield from unknown(
+                spec, (*path, "target"), f"{label}: unknown target", target, ("targets",), BUILTIN_TARGETS
+            )
+        whole = not (spec.touched("variants") or spec.touched("sizes") or spec.touched("groups"))
+        pairs = [
+            (s, v) for v in export.variants if v in family.variants for s in family.sizes_of(export.sizes)
+        ]
+        pairs = [(s, v) for s, v in pairs if family.stage_of(v, s) is not None]
+        if not pairs and export.variants and whole and all(v in family.variants for v in export.variants):
+            message = f"{label} makes nothing: {' and '.join(export.variants)} is not made at these sizes"
+            yield Fault(path, message, "see variants.*.sizes")
+        for size, variant in pairs:
+            for quant in quants(export):
+                known = made.setdefault((size, variant, f"{export.format}-{quant}"), (index, export))
+                if known[0] != index and known[1].model_copy(
+                    update={"variants": (), "sizes": ()}
+                ) != export.model_copy(update={"variants": (), "sizes": ()}):
+                    message = f"{label}: {size}/{variant} as {export.format} {quant} is made by exports.{known[0]} already, in another way"
+                    yield Fault((*path, "format"), message, "leave one of them out")
+
+
+def quants(export: Export) -> tuple[str, ...]:
+    """The quantisations that an export makes."""
+    return (*export.quant, *([str(export.bits)] if export.bits else [])) or others.DEFAULT_QUANT[
+        export.format
+    ]
+
+
+def _options(path: Path, label: str, export: Export) -> Iterator[Fault]:
+    known = [quant for fmt, quant in others.EXPORTS if fmt == export.format and quant != "*"]
+    for quant in export.quant:
+        if known and quant not in known:
+            yield Fault(
+                (*path, "quant"),
+                f"{label}: {export.format} has no '{quant[:64]}'",
+                did_you_mean(quant[:64], known),
+            )
+        elif export.format in ("gptq", "awq", "fp8"):
+            yield Fault(
+                (*path, "quant"),
+                f"{label}: {export.format} takes no 'quant'",
+                "gptq and awq take 'bits'",
+                key=True,
+            )
+    if export.bits is not None and export.format not in ("gptq", "awq"):
+        yield Fault(
+            (*path, "bits"),
+            f"{label}: 'bits' is for gptq and awq",
+            f"{export.format} takes 'quant'",
+            key=True,
+        )
+    if export.calibrate is not None and export.format not in ("gptq", "awq"):
+        yield Fault(
+            (*path, "calibrate"),
+            f"{label}: {export.format} is not calibrated",
+            "calibrate is for gptq and awq",
+            key=True,
+        )
+    if "block_size" in export.model_fields_set and (export.format != "onnx" or "int4" not in export.quant):
+        yield Fault((*path, "block_size"), f"{label}: 'block_size' is for onnx int4", "remove it", key=True)
+
+
+def targets(spec: Spec) -> Iterator[Fault]:
+    """Exports that an architecture can't have, and exports that do not fit their target."""
+    family = spec.family
+    told: set[object] = set()
+    for index, export in enumerate(family.exports):
+        if spec.touched("exports", index):
+            continue
+        for size in family.sizes_of(export.sizes):
+            shape = safe_shape(spec, size)
+            if shape is None or not any(
+                v in family.variants and family.stage_of(v, size) for v in export.variants
+            ):
+                continue
+            for quant in quants(export):
+                archs = others.EXPORTS.get((export.format, quant), frozenset())
+                if archs and shape.arch not in archs:
+                    if (index, shape.arch) not in told:
+                        told.add((index, shape.arch))
+                        near = ", ".join(
+                            f"{f} {q}" for (f, q), a in others.EXPORTS.items() if shape.arch in a
+                        )
+                        what = f"{export.format} {quant} does not support architecture '{shape.arch}' (size {size})"
+                        yield Fault(
+                            ("exports", index, "format"), f"exports.{index}: {what}", f"supported: {near}"
+                        )
+                    continue
+                for name in export.target:
+                    target = family.targets.get(name)
+                    if target is not None and not spec.touched("targets", name):
+                        yield from _fits(
+                            spec, index, size, shape, f"{export.format} {quant}", quant, name, target
+                        )
+
+
+def _fits(
+    spec: Spec, index: int, size: str, shape: Shape, what: str, quant: str, name: str, target: Target
+) -> Iterator[Fault]:
+    needed = _needed(shape, quant, target)
+    if needed <= target.memory:
+        return
+    shapes = {other: safe_shape(spec, other) for other in spec.family.sizes}
+    fits = {
+        n: count(s).total
+        for n, s in shapes.items()
+        if s is not None and _needed(s, quant, target) <= target.memory
+    }
+    largest = max(fits, key=lambda n: fits[n]) if fits else None
+    hint = f"the largest size that fits is {largest}" if largest else "no size of the family fits"
+    have = f"target '{name}' has {target.memory / 1e9:.3g} GB"
+    message = f"exports.{index}: {size} as {what} needs {needed / 1e9:.3g} GB, {have}"
+    yield Fault(("exports", index, "target"), message, hint)
+
+
+def _needed(shape: Shape, quant: str, target: Target) -> float:
+    """Bytes of an export's weights, and of the KV cache that the target asks for."""
+    cache = inference(shape, Layout(), min(target.context, shape.context)).kv_cache
+    return others.export_bytes(count(shape).total, quant) + cache
+
+
+def gates(spec: Spec) -> Iterator[Fault]:
+    """Conditions that say something, about metrics and models that are there."""
+    for index, gate in enumerate(spec.family.gates):
+        path: Path = ("gates", index)
+        label = f"gates.{index}"
+        if not conditions(gate):
+            yield Fault(path, f"{label} states no condition", f"write one of {', '.join(CONDITIONS)}")
+        wanted = conditions(gate)
+        mixed = [c for c in wanted if c in CONDITIONS[:2]], [c for c in wanted if c in CONDITIONS[2:]]
+        if all(mixed):
+            what = f"'{mixed[0][0]}' is about exports, '{mixed[1][0]}' about variants"
+            yield Fault((*path, mixed[1][0]), f"{label}: {what}", "write two gates", key=True)
+        if gate.parity is not None and not gate.parity.model_dump(exclude_none=True):
+            yield Fault(
+                (*path, "parity"), f"{label}: 'parity' states no limit", "for example {kl: 0.05}", key=True
+            )
+        for key, suite in (("suite", gate.suite), ("monotonic", gate.monotonic)):
+            if suite is not None:
+                yield from unknown(
+                    spec, (*path, key), f"{label}: unknown suite", suite, ("evals",), others.SUITES
+                )
+        if gate.monotonic and gate.across is None:
+            yield Fault((*path, "monotonic"), f"{label}: 'monotonic' needs 'across: sizes'", key=True)
+        if gate.across and not gate.monotonic:
+            yield Fault((*path, "across"), f"{label}: 'across' needs 'monotonic: SUITE'", key=True)
+        if gate.within is not None and not gate.beats:
+            yield Fault((*path, "within"), f"{label}: 'within' needs 'beats'", key=True)
+        if gate.metrics and not (gate.beats or gate.monotonic):
+            yield Fault((*path, "metrics"), f"{label}: 'metrics' needs 'beats' or 'monotonic'", key=True)
+        if gate.beats is not None:
+            yield from model_ref(spec, gate.beats, (*path, "beats"), f"{label}.beats")
+        for position, metric in enumerate(gate.metrics):
+            yield from _metric((*path, "metrics", position), label, metric, key=False)
+        for metric, bound in (gate.require or {}).items():
+            at: Path = (*path, "require", metric)
+            yield from _metric(at, label, metric, key=True)
+            if bound.min is None and bound.max is None:
+                yield Fault(at, f"{label}: '{metric[:64]}' needs min or max", key=True)
+            if bound.min is not None and bound.max is not None and bound.min > bound.max:
+                message = (
+                    f"{label}: '{metric[:64]}' can't be at least {bound.min:g} and at most {bound.max:g}"
+                )
+                yield Fault(at, message, key=True)
+
+
+def conditions(gate: Gate) -> list[str]:
+    """What a gate demands."""
+    return [c for c in CONDITIONS if getattr(gate, c)]
+
+
+def _metric(path: Path, label: str, metric: str, *, key: bool) -> Iterator[Fault]:
+    if metric not in others.HIGHER_IS_BETTER:
+        hint = did_you_mean(metric[:200], others.HIGHER_IS_BETTER)
+        yield Fault(path, f"{label}: unknown metric '{metric[:64]}'", hint, key=key)
+
+
+def matches(spec: Spec) -> Iterator[Fault]:
+    """Gates whose glob matches nothing: a misspelt gate must not pass for a gate that holds."""
+    family = spec.family
+    if any(spec.touched(section) for section in ("sizes", "groups", "variants", "exports")):
+        return
+    published = [(s, v) for v, one in family.variants.items() for s in family.sizes_of(one.sizes)]
+    exported = [
+        f"{size}/{variant}/export.{export.format}-{quant}"
+        for export in family.exports
+        for variant in export.variants
+        for size in family.sizes_of(export.sizes)
+        if (size, variant) in published
+        for quant in quants(export)
+    ]
+    for index, gate in enumerate(family.gates):
+        path: Path = ("gates", index, "match")
+        if gate.parity or gate.max_drop:
+            if not any(fnmatch.fnmatchcase(name, gate.match) for name in exported):
+                hint = f"exports are called {exported[0]}" if exported else "the spec has no exports"
+                yield Fault(path, f"gates.{index}: '{gate.match[:64]}' matches no export", hint)
+            continue
+        hit = [v for s, v in published if fnmatch.fnmatchcase(f"{s}/{v}", gate.match) or gate.match == v]
+        if not hit and conditions(gate):
+            hint = f"variants are called {'/'.join(published[0])}" if published else ""
+            yield Fault(path, f"gates.{index}: '{gate.match[:64]}' matches no variant", hint)
+        for variant in dict.fromkeys(hit):
+            if not (gate.suite or gate.monotonic or family.variants[variant].eval) and conditions(gate):
+                message = f"gates.{index}: '{variant}' is scored on nothing that could be compared"
+                yield Fault(path, message, f"set 'suite' here, or variants.{variant}.eval")
+
+
+def release(spec: Spec) -> Iterator[Fault]:
+    """Names and folders of what is released."""
+    family = spec.family
+    path: Path = ("release", "repo")
+    try:
+        parts = list(string.Formatter().parse(family.release.repo))
+    except ValueError:
+        yield Fault(
+            path, "release.repo: a '{' or '}' has no partner", "for example {family}-{size}{-variant}"
+        )
+        return
+    fields = [field for _, field, _, _ in parts if field is not None]
+    for field in fields:
+        if field not in REPO_FIELDS:
+            yield Fault(
+                path, f"release.repo: unknown field '{{{field[:64]}}}'", did_you_mean(field[:64], REPO_FIELDS)
+            )
+    literal = "".join(text for text, _, _, _ in parts)
+    decorated = any(extra or conversion for _, field, extra, conversion in parts if field is not None)
+    if (
+        decorated
+        or not re.fullmatch(r"[A-Za-z0-9._/-]*", literal)
+        or literal.count("/") > 1
+        or ".." in literal
+    ):
+        hint = "letters, digits, and . _ - between fields such as {size}; one / after {org}"
+        yield Fault(path, "release.repo: this can't name a repository", hint)
+    elif family.release.repo.startswith(("/", ".")) or family.release.repo.endswith("/"):
+        yield Fault(
+            path,
+            "release.repo: a repository's name starts and ends with a word",
+            "for example {family}-{size}{-variant}",
+        )
+    example = "write {family}-{size}{-variant}"
+    if not {"variant", "-variant"} & set(fields) and len(family.variants) > 1:
+        yield Fault(
+            path, "release.repo: without {variant} all variants of a size would have one name", example
+        )
+    if "size" not in fields and len(family.sizes) > 1:
+        yield Fault(path, "release.repo: without {size} all sizes would have one name", example)
+    folders = family.release.path.replace("\\", "/").split("/")
+    if (
+        family.release.path.startswith(("/", "~", "\\"))
+        or ".." in folders
+        or not family.release.path.strip()
+        or ":" in folders[0]
+    ):
+        shown = family.release.path[:64]
+        yield Fault(
+            ("release", "path"), f"release.path: '{shown}' leaves the output folder", "use a folder name"
+        )

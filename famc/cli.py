@@ -1,0 +1,334 @@
+"""The command line: one short function a command. Thin: it parses, calls, prints. Exit codes: 0 done, 1 a step or gate
+failed, 2 usage or spec error, 3 the plan can't fit its hardware, 130 Ctrl-C (all resumable).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from famc.errors import FamcError, FitError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from famc.graph import Graph
+    from famc.plan import Plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except FamcError as error:
+        if getattr(args, "json", False):
+            _print_json({"error": type(error).__name__, "message": error.render(), "exit_code": error.exit_code})
+        else:
+            print(f"{_red('error')}: {error.render()}" if "\n" not in error.render() else error.render(), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished steps are kept, and training goes on at its last checkpoint: run famc build again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+
+def validate(args: argparse.Namespace) -> int:
+    graph = _graph(args)
+    _say(args, {"family": graph.spec.family.family.name, "steps": len(graph.nodes)}, f"{args.spec}: valid, {len(graph.nodes)} steps")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    made = _plan(args)
+    if args.json:
+        _print_json(made.to_dict())
+    elif not args.quiet:
+        from famc.report.tables import plan_lines
+
+        print("\n".join(plan_lines(made, everything=args.all)))
+    if args.output:
+        Path(args.output).write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def build(args: argparse.Namespace) -> int:
+    from famc.publish import publish
+    from famc.report.live import Events, view
+    from famc.report.tables import show_seconds, total_lines
+    from famc.run import run
+
+    made = _plan(args)
+    if not made.to_run and not args.json and not args.quiet:
+        publish(made)
+        print("\n".join(total_lines(made)))
+        return 0
+    with Events(sys.stderr) if args.json else view(made, quiet=args.quiet) as tell:
+        report = run(made, tell=tell, keep_going=not args.fail_fast)
+    folders = publish(made, report.failed)
+    result = {
+        "done": list(report.done), "reused": list(report.reused), "cached": len(report.cached), "failed": dict(report.failed),
+        "skipped": list(report.skipped), "seconds": round(report.seconds, 2), "released": [str(f) for f in folders],
+    }  # fmt: skip
+    if args.json:
+        _print_json(result)
+    elif not args.quiet:
+        print(f"{len(report.done)} steps done, {len(report.reused)} kept, {len(report.cached)} cached, {len(report.failed)} failed, "
+              f"{len(report.skipped)} skipped in {show_seconds(report.seconds)}")  # fmt: skip
+        for folder in folders:
+            print(f"  {folder}")
+        if report.failed:
+            print("\nwhat to do: mend the cause (each log is named above) and run the same command again; what is done stays done")
+    return 0 if report.ok else 1
+
+
+def status(args: argparse.Namespace) -> int:
+    made = _plan(args)
+    if args.json:
+        _print_json({"family": made.family.family.name, "steps": [{"name": s.name, "status": s.status, "because": list(s.because)} for s in made.steps.values()]})
+        return 0
+    from famc.report.live import last_progress
+    from famc.report.tables import columns
+
+    rows = [["step", "status", ""]]
+    for step in made.steps.values():
+        progress = last_progress(Path(made.job(step.name).metrics)) if step.status != "cached" else None
+        note = f"{progress['done']:g} of {progress['total']:g} when last seen" if progress else "; ".join(step.because)
+        rows.append([step.name, step.status, note])
+    print("\n".join(columns(rows)))
+    return 0
+
+
+def why(args: argparse.Namespace) -> int:
+    made = _plan(args, names=False)
+    names = _selected(args, made.graph, [args.step], made)
+    answers = []
+    for name in names:
+        step = made.steps[name]
+        if step.status == "cached":
+            text = ["is built: " + str(Path("store") / f"{name}-{step.key[:12]}")]
+        elif step.status == "new":
+            text = ["was never built here"]
+        else:
+            text = list(step.because)
+        answers.append({"name": name, "status": step.status, "because": text})
+    if args.json:
+        _print_json(answers)
+    else:
+        for answer in answers:
+            print(f"{answer['name']} ({answer['status']})")
+            print("\n".join(f"  {line}" for line in answer["because"]))
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    made = _plan(args, names=False)
+    names = _selected(args, made.graph, [args.step], made)
+    if args.json:
+        _print_json([{**made.steps[n].to_dict(), "values": made.graph.nodes[n].params, "runtime": made.graph.nodes[n].runtime, "origins": made.graph.nodes[n].origins, "inputs": made.graph.nodes[n].inputs} for n in names])
+        return 0
+    from famc.report.tables import show_lines
+
+    print("\n\n".join("\n".join(show_lines(made.graph.nodes[n], made.steps[n])) for n in names))
+    return 0
+
+
+def graph(args: argparse.Namespace) -> int:
+    from famc.report.tables import dot, mermaid
+
+    made = _graph(args)
+    names = _selected(args, made, args.select, None) if args.select else list(made.nodes)
+    if args.json:
+        _print_json({"nodes": [{"name": n, "kind": made.nodes[n].kind, "needs": list(made.nodes[n].needs)} for n in names]})
+        return 0
+    print("\n".join((dot if args.format == "dot" else mermaid)(made, names)))
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from famc.store import Store
+
+    out = _out(args, _graph(args))
+    store = Store(out / "store")
+    folders = [path for paths in store.scan().values() for path in paths]
+    faults = [fault for folder in folders for fault in store.verify(folder)]
+    if args.json:
+        _print_json({"artifacts": len(folders), "faults": [{"artifact": f.artifact, "file": f.file, "what": f.what} for f in faults]})
+    else:
+        for fault in faults:
+            print(f"{fault.artifact}: {fault.file} {fault.what}")
+        print(f"{len(folders)} artifacts: " + (f"{len(faults)} damaged files" if faults else "every file is what its record says"))
+    if faults and args.repair:
+        for name in dict.fromkeys(f.artifact for f in faults):
+            store.remove(out / "store" / name)
+        print("the damaged artifacts are removed: famc build makes them again", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def gc(args: argparse.Namespace) -> int:
+    from famc.plan import keys
+    from famc.run import locked
+    from famc.spec.quantity import show_bytes
+    from famc.store import Store
+
+    made = _graph(args)
+    out = _out(args, made)
+    graphs = [made]
+    if args.profile is None and not args.smoke:  # every profile of the spec is something that it reaches
+        for profile in made.spec.family.profiles:
+            graphs.append(_graph(args, profile=profile))
+    for other in args.keep or ():
+        graphs.append(_graph(args, file=Path(other)))
+    store = Store(out / "store")
+    reached = {store.path(name, key) for g in graphs for name, key in keys(g).items()}
+    partial = {store.partial(name, key) for g in graphs for name, key in keys(g).items()}
+    found = [path for paths in store.scan().values() for path in paths]
+    garbage = [p for p in found if p not in reached] + [p for p in store.partials() if p not in partial]
+    size = 0
+    if args.dry_run:
+        size = sum(f.stat().st_size for p in garbage for f in p.rglob("*") if f.is_file())
+    elif garbage:
+        with locked(out):
+            size = sum(store.remove(path) for path in garbage)
+    result = {"removed": [str(p) for p in garbage], "bytes": size, "kept": len(found) - sum(p in found for p in garbage), "dry_run": args.dry_run}
+    text = f"{len(garbage)} artifacts, {show_bytes(size)} {'would be' if args.dry_run else 'were'} removed; {result['kept']} are kept"
+    _say(args, result, text)
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    from famc.schema import json_schema
+
+    _print_json(json_schema())
+    return 0
+
+
+# --- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _graph(args: argparse.Namespace, *, file: Path | None = None, profile: str | None = None) -> Graph:
+    from famc.graph import open_family
+
+    return open_family(file or Path(args.spec), profile=profile or args.profile, sets=args.set or (), smoke=args.smoke)
+
+
+def _out(args: argparse.Namespace, made: Graph) -> Path:
+    name = made.spec.family.family.name
+    return Path(args.out) if args.out else Path("generated") / name
+
+
+def _plan(args: argparse.Namespace, *, names: bool = True) -> Plan:
+    from famc.plan import plan as make_plan
+
+    made = _graph(args)
+    out = _out(args, made)
+    chosen: list[str] | None = None
+    if names and getattr(args, "select", None):
+        states = None
+        if any("state:" in text for text in args.select):
+            states = {s.name: s.status for s in make_plan(made, out).steps.values()}
+        chosen = _selected(args, made, args.select, states)
+        if not chosen:
+            raise UsageError(f"--select {' '.join(args.select)}: no step is left")
+    return make_plan(made, out, names=chosen)
+
+
+def _selected(args: argparse.Namespace, made: Graph, texts: Sequence[str], states: Any) -> list[str]:
+    from famc.select import select
+
+    if states is not None and not isinstance(states, dict):
+        states = {s.name: s.status for s in states.steps.values()}
+    return select(made, texts, states)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _say(args: argparse.Namespace, value: Any, text: str) -> None:
+    if args.json:
+        _print_json(value)
+    elif not args.quiet:
+        print(text)
+
+
+def _red(text: str) -> str:
+    return f"\033[31m{text}\033[0m" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are famc's: exit code 2, a suggestion."""
+
+    def error(self, message: str) -> Any:
+        choices = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+        if choices and "invalid choice" in message:
+            word = message.partition("invalid choice: ")[2].split("'")[1]
+            message = f"no command is called '{word}'; {did_you_mean(word, list(choices))}"
+        print(f"{_red('error')}: {message}\nhint: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+Command = Callable[[argparse.Namespace], int]
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "validate": (validate, "check a spec"),
+    "plan": (plan, "what a build would do, why, and what it costs"),
+    "build": (build, "make what is missing, release the family"),
+    "status": (status, "which steps are built, and why not"),
+    "why": (why, "why a step would run: the field that changed, old -> new"),
+    "show": (show, "a step with every value and its origin"),
+    "graph": (graph, "the steps as a picture: Mermaid or Graphviz"),
+    "verify": (verify, "re-hash every artifact"),
+    "gc": (gc, "remove artifacts that the spec no longer reaches"),
+    "schema": (schema, "the JSON Schema of a spec, for editors"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="famc", description="The family compiler: one YAML file in, a family of language models out.")
+    from famc import __version__
+
+    parser.add_argument("--version", action="version", version=f"famc {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, (function, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=function)
+        command.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
+        command.add_argument("-q", "--quiet", action="store_true", help="errors only")
+        if name == "schema":
+            continue
+        command.add_argument("spec", metavar="SPEC", help="the family's YAML file")
+        if name in ("why", "show"):
+            command.add_argument("step", metavar="STEP", help="a step, or a selector")
+        command.add_argument("--out", metavar="DIR", help="where the store and the release lie (default: generated/<family>)")
+        command.add_argument("--profile", metavar="NAME", help="a set of overrides that the spec names")
+        command.add_argument("--set", metavar="PATH=VALUE", action="append", help="override one value; may be repeated")
+        command.add_argument("--smoke", action="store_true", help="the same graph with 2-layer models and a few steps")
+        if name in ("plan", "build", "status", "graph"):
+            command.add_argument("--select", metavar="SELECTOR", action="append", help="steps, e.g. +0.6b/instruct, kind:export, state:changed")
+        if name == "plan":
+            command.add_argument("-o", "--output", metavar="FILE", help="write the JSON to a file as well")
+            command.add_argument("--all", action="store_true", help="list cached steps too")
+        if name == "build":
+            command.add_argument("--fail-fast", action="store_true", help="start nothing more once a step has failed")
+        if name == "graph":
+            command.add_argument("--format", choices=("mermaid", "dot"), default="mermaid", help="language of the picture")
+        if name == "verify":
+            command.add_argument("--repair", action="store_true", help="remove damaged artifacts, so that build makes them again")
+        if name == "gc":
+            command.add_argument("--dry-run", action="store_true", help="tell what would be removed")
+            command.add_argument("--keep", metavar="SPEC", action="append", help="another spec whose artifacts are kept")
+    return parser
+
+
+__all__ = ["FitError", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""`card`: the model card, from what was measured: nothing on it is typed by hand.
+
+In: model, tokenizer, `eval.<suite>`, `parity.<label>`, `gate.<label>`. Out: README.md with YAML front matter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from famc.job import Job
+from famc.steps.others import HIGHER_IS_BETTER, ONNX_FILES
+from famc.work.scores import RESULTS, Score, read_json
+
+TEMPLATES = Path(__file__).parent.parent / "report" / "templates"
+SAMPLES = 5
+LONGEST = 600  # characters of one message on the card
+
+# what a metric says, for readers who do not know it
+MEANING = {
+    "bits_per_byte": "-log2 p of held-out text per UTF-8 byte",
+    "perplexity": "exp of the loss per token; depends on the tokenizer",
+    "answer_loss": "-ln p per token that the assistant says, held-out conversations",
+    "token_accuracy": "share of those tokens that were the model's first choice",
+    "chrf": "character n-gram overlap of greedy answers with the references",
+    "exact_match": "greedy answers equal to the references",
+    "ended": "greedy answers that ended by themselves",
+    "preference_accuracy": "held-out pairs whose chosen answer is likelier per token",
+    "preference_accuracy_sum": "the same with whole answers: favours short ones",
+    "length_bias": "pairs of unequal length in which the model prefers the longer answer",
+    "length_bias_data": "pairs of unequal length whose longer answer is the chosen one",
+    "chosen_tokens": "mean length of the chosen answers, tokens",
+    "rejected_tokens": "mean length of the rejected answers, tokens",
+}
+JS_DTYPES = {"onnx-fp32": "fp32", "onnx-int8": "int8", "onnx-int4": "q4"}  # transformers.js's `dtype`
+
+
+def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Write the card."""
+    text = render(context(job, inputs))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(text, encoding="utf-8")
+    return {"bytes": len(text.encode())}
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The template, filled. A name that is missing raises."""
+    environment = Environment(  # Markdown, not HTML: texts are quoted by `quoted`
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, autoescape=False,  # noqa: S701
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "fenced": fenced,
+        "quoted": quoted,
+        "number": number,
+        "count": count,
+        "cell": cell,
+    }
+    return environment.get_template("card.md.jinja").render(values)
+
+
+def context(job: Job, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Everything that the template may name."""
+    params = job.params
+    family: Mapping[str, Any] = params["family"]
+    licenses = dict(params["licenses"])
+    dash = "" if params["variant"] == "base" else f"-{params['variant']}"
+    parities = _parities(job, inputs)
+    labels = [p["label"] for p in parities]
+    onnx = [label for label in labels if label in JS_DTYPES]
+    suites = _suites(inputs)
+    return {
+        "name": f"{family['name']}-{params['size']}{dash}",
+        "family": family,
+        "size": params["size"],
+        "variant": params["variant"],
+        "chat": params["variant"] != "base",
+        "lineage": list(params["lineage"]),
+        "parameters": int(params["parameters"]),
+        "shape": params["shape"],
+        "licenses": licenses,
+        "unknown": [name for name, value in licenses.items() if not value or value == "unknown"],
+        "differing": sorted({v for v in licenses.values() if v and v not in ("unknown", family["license"])}),
+        "front": front_matter(family, params, onnx),
+        "suites": suites,
+        "parities": parities,
+        "gates": _gates(job, inputs),
+        "samples": _samples(inputs)[:SAMPLES],
+        "onnx": [
+            {"label": o, "file": ONNX_FILES[o.removeprefix("onnx-")], "dtype": JS_DTYPES[o]} for o in onnx
+        ],
+        "context": params["shape"]["context"],
+    }
+
+
+def front_matter(family: Mapping[str, Any], params: Mapping[str, Any], onnx: list[str]) -> str:
+    """The YAML that the hub reads."""
+    known = family["license"] != "unknown"
+    tags = [family["name"], params["variant"], params["shape"]["arch"], "famc"]
+    values: dict[str, Any] = {
+        "license": family["license"] if known else "other",
+        **({} if known else {"license_name": "unknown"}),
+        "language": list(family["languages"]),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags + (["onnx", "transformers.js"] if onnx else []),
+    }
+    # JSON's strings are YAML's, in quotes: `no` stays Norwegian
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+
+
+def _suites(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    found = []
+    for role, folder in sorted(inputs.items()):
+        if role.startswith("eval."):
+            rows = []
+            for name, entry in read_json(folder / RESULTS).items():
+                base = name.partition(".")[0]
+                higher = entry.get("higher_is_better", HIGHER_IS_BETTER.get(base))
+                arrow = {True: "↑", False: "↓", None: ""}[higher]
+                row = {
+                    "name": name,
+                    "score": Score.read(entry),
+                    "arrow": arrow,
+                    "meaning": MEANING.get(base, ""),
+                }
+                rows.append(row)
+            found.append({"name": role.removeprefix("eval."), "rows": rows})
+    return found
+
+
+def _address(job: Job, role: str) -> str:
+    """The step behind a role; the role itself in a job without a plan."""
+    return job.inputs[role][0] if role in job.inputs else role
+
+
+def _parities(job: Job, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    found = {}
+    for role, folder in sorted(inputs.items()):
+        if role.startswith("parity."):
+            # by address, not role: the role carries the gate's name, which may be one's own
+            label = _address(job, role).rpartition("parity.")[2]
+            found[label] = {"label": label, **read_json(folder / RESULTS)["parity"]}
+    return [found[label] for label in sorted(found)]
+
+
+def _gates(job: Job, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    found = []
+    for role, folder in sorted(inputs.items()):
+        if role.startswith("gate."):
+            verdict = read_json(folder / "verdict.json")
+            found.append({"name": _address(job, role).rpartition("gate.")[2], **verdict})
+    return found
+
+
+def _samples(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    found = []
+    for role, folder in sorted(inputs.items()):
+        path = folder / "samples.jsonl"
+        if role.startswith("eval.") and path.is_file():
+            found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return found
+
+
+# --- filters ----------------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> str:
+    """Four significant digits; a dash for what is no number."""
+    if isinstance(value, str):
+        return value
+    return "–" if value is None or value != value else f"{value:.4g}"
+
+
+def count(value: int) -> str:
+    """5,812,224."""
+    return f"{value:,}"
+
+
+def cell(text: str) -> str:
+    """Inside a table."""
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def quoted(text: str) -> str:
+    """A block quote, cut to what one reads."""
+    short = str(text) if len(str(text)) <= LONGEST else str(text)[:LONGEST].rstrip() + " …"
+    return "\n".join(f"> {line}".rstrip() for line in short.splitlines() or [""])
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence is longer than any inside: a model's words can't end it."""
+    short = str(text) if len(str(text)) <= LONGEST else str(text)[:LONGEST].rstrip() + " …"
+    ticks = 3
+    while "`" * ticks in short:
+        ticks += 1
+    fence = "`" * ticks
+    return f"{fence}text\n{short}\n{fence}"

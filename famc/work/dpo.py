@@ -1,0 +1,118 @@
+"""`dpo`: trl's DPOTrainer against the frozen parent, whose log-probabilities are computed once.
+
+In: tokenizer, a mix of preference pairs, the parent. Out: a model folder. Metrics: margins, accuracy, length bias.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from datasets import Dataset, disable_caching, disable_progress_bars
+from trl import DPOConfig, DPOTrainer
+
+from famc.errors import StepFailed
+from famc.job import Job
+from famc.work.optim import make_optimizer, schedule
+from famc.work.rows import examples
+from famc.work.training import (
+    Watch,
+    arguments,
+    load_tokenizer,
+    row_order,
+    run_trainer,
+    save_model,
+    start_model,
+)
+
+
+class WatchPairs(Watch):
+    """Keeps the margins and accuracies that trl logs."""
+
+    def __init__(self, job: Job, tokens_a_step: float) -> None:
+        super().__init__(job, tokens_a_step)
+        self.rewards: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **more: Any) -> None:
+        super().on_log(args, state, control, logs, **more)
+        if logs and "rewards/accuracies" in logs:
+            self.rewards.append({k: float(v) for k, v in logs.items() if k.startswith(("rewards/", "logps/"))})
+
+
+def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Order the pairs, train, save."""
+    params = job.params
+    tokenizer = load_tokenizer(inputs["tokenizer"])
+    pairs = [{k: record[k] for k in ("prompt", "chosen", "rejected")} for record in examples(inputs["data"])]
+    if not pairs:
+        raise StepFailed(f"{job.name}: the mix holds no preference pairs")
+    batch = int(params["global_batch"])
+    steps = int(params["steps"] or max(1, -(-int(len(pairs) * params["epochs"]) // batch)))
+    order = row_order(len(pairs), steps * batch, int(params["seed"]))
+    disable_caching()
+    disable_progress_bars()
+    model = start_model(job, inputs, tokenizer)
+    optimizer = make_optimizer(model, params)
+    weights = {"loss_type": [params["loss"], "sft"], "loss_weights": [1.0, params["sft_weight"]]}
+    if not params["sft_weight"]:
+        weights = {"loss_type": [params["loss"]], "loss_weights": [1.0]}
+    config = DPOConfig(
+        **arguments(job, out, steps=steps, batch=batch) | {"gradient_checkpointing": job.recompute == "full"},
+        **weights,
+        beta=params["beta"],
+        max_length=params["context"],
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=64,
+        train_sampling_strategy="sequential",
+        activation_offloading=False,
+    )
+    watch = WatchPairs(job, float(batch * params["context"]))
+    # the pairs of the whole run, in order: pass after pass, so that step n reads the same pairs after a kill
+    data = Dataset.from_list([pairs[i] for i in order])
+    trainer = DPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params, steps))),
+        callbacks=[watch],
+    )
+    metrics = run_trainer(trainer, out, watch, tokens=float(steps * batch * 2 * params["context"]))
+    save_model(trainer.model, inputs["tokenizer"], out, tokenizer)
+    tail = watch.rewards[-5:]
+    return {
+        **metrics,
+        "pairs": len(pairs),
+        "steps": steps,
+        "beta": params["beta"],
+        **{name: round(sum(r[key] for r in tail) / len(tail), 5) for name, key in _REPORTED.items() if tail and key in tail[0]},
+        **length_bias(pairs),
+    }
+
+
+_REPORTED = {
+    "reward_margin": "rewards/margins",
+    "reward_accuracy": "rewards/accuracies",
+    "logp_chosen": "logps/chosen",
+    "logp_rejected": "logps/rejected",
+}
+
+
+def length_bias(pairs: list[dict[str, Any]]) -> dict[str, float]:
+    """How far length alone tells chosen from rejected: the accuracy of `the longer one`, and mean characters of both."""
+
+    def characters(side: str, pair: dict[str, Any]) -> int:
+        return sum(len(m["content"]) for m in pair[side])
+
+    chosen = [characters("chosen", p) for p in pairs]
+    rejected = [characters("rejected", p) for p in pairs]
+    longer = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / len(pairs)
+    return {
+        "longer_is_chosen": round(longer, 4),
+        "characters_chosen": round(sum(chosen) / len(pairs), 1),
+        "characters_rejected": round(sum(rejected) / len(pairs), 1),
+    }

@@ -1,0 +1,20 @@
+"""`pretrain`: next-token prediction on packed text. In: tokenizer, mix, the parent when continued. Out: a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from famc.job import Job
+from famc.work.rows import load_rows
+from famc.work.training import load_tokenizer, save_model, start_model, train_rows
+
+
+def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Train and save."""
+    tokenizer = load_tokenizer(inputs["tokenizer"])
+    model = start_model(job, inputs, tokenizer)
+    rows = load_rows(inputs["data"], tokenizer, job.params["context"])
+    metrics = train_rows(job, model, rows, out)
+    save_model(model, inputs["tokenizer"], out, tokenizer)
+    return metrics

@@ -1,0 +1,173 @@
+"""`release`: a variant's finished folder, as the hub and transformers.js expect it.
+
+In: model, tokenizer, card, `export.<label>`. Out: a Hugging Face model folder with README.md and onnx/, and
+release.json, the list of its files. Large files are hard links. At last the folder is loaded as a user
+would load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from famc.errors import StepFailed
+from famc.job import Job
+from famc.store import link_or_copy
+from famc.work.export import HF_FILES, INDEX, WEIGHTS
+from famc.work.likelihood import document_start, encode_prompt, end_ids, load_tokenizer, without_bars
+from famc.work.scores import read_json, write_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+MAX_NEW_TOKENS = 256
+REQUIRED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
+
+
+def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Put the folder together, and look at it."""
+    model = inputs["model"]
+    exports = {r.removeprefix("export."): p for r, p in sorted(inputs.items()) if r.startswith("export.")}
+    half = exports.get("safetensors-bf16")
+    weights = half or model
+    if (weights / INDEX).is_file():
+        raise StepFailed(f"{weights} is sharded", "export it as safetensors: that makes one file")
+
+    added: dict[str, Path] = {}
+
+    def add(relative: str, source: Path) -> None:
+        if relative in added:
+            raise StepFailed(
+                f"{job.name}: {relative} comes from {added[relative]} and from {source}", "drop one export"
+            )
+        added[relative] = source
+        link_or_copy(source, out / relative)
+
+    written = {"config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"}
+    for name in HF_FILES:
+        if (model / name).is_file() and name not in written:
+            add(name, model / name)
+    if not (weights / WEIGHTS).is_file():
+        raise StepFailed(f"{weights} has no {WEIGHTS}", "famc build makes it again")
+    add(WEIGHTS, weights / WEIGHTS)
+    for label, folder in exports.items():
+        if label.startswith("onnx-"):
+            for path in sorted((folder / "onnx").iterdir()):
+                add(f"onnx/{path.name}", path)
+    if "card" in inputs:
+        add("README.md", inputs["card"] / "README.md")
+
+    write_json(out / "config.json", config_of(weights, sorted(added)))
+    write_json(out / "tokenizer_config.json", with_template(model))
+    tokenizer = load_tokenizer(out)
+    if tokenizer.chat_template != load_tokenizer(inputs["tokenizer"]).chat_template:
+        raise StepFailed(
+            f"{job.name}: the model's chat template is not the family's", "famc build makes the model again"
+        )
+    write_json(
+        out / "generation_config.json", generation_of(model, tokenizer, int(job.params["max_context"]))
+    )
+    missing = [name for name in REQUIRED if not (out / name).is_file()]
+    if missing:
+        raise StepFailed(
+            f"{job.name}: the model folder lacks {', '.join(missing)}", "famc build makes it again"
+        )
+    facts = try_out(out, tokenizer, job.threads)
+
+    files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    write_json(
+        out / "release.json",
+        {"repo": job.params["repo"], "license": job.params.get("license"), "files": files},
+    )
+    return {"repo": str(job.params["repo"]), "files": len(files), "bytes": sum(files.values()), **facts}
+
+
+def config_of(folder: Path, files: list[str]) -> dict[str, Any]:
+    """config.json with the cache on, and with what transformers.js must know of weights beside a graph."""
+    config: dict[str, Any] = read_json(folder / "config.json")
+    config["use_cache"] = True  # training turns it off; without it each new token costs a whole forward pass
+    outside: dict[str, int] = {}
+    for name in files:
+        graph, found, _ = name.rpartition("_data")
+        if found and graph in files:
+            outside[Path(graph).name] = outside.get(Path(graph).name, 0) + 1
+    config.pop("transformers.js_config", None)
+    if outside:
+        config["transformers.js_config"] = {"use_external_data_format": outside}
+    return config
+
+
+def with_template(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json with the chat template inside: transformers.js does not read
+    chat_template.jinja.
+    """
+    config: dict[str, Any] = read_json(folder / "tokenizer_config.json")
+    apart = folder / "chat_template.jinja"
+    if apart.is_file():  # transformers prefers it to the one inside
+        config["chat_template"] = apart.read_text(encoding="utf-8")
+    return config
+
+
+def generation_of(model: Path, tokenizer: Any, context: int) -> dict[str, Any]:
+    """generation_config.json: where answers end, what pads, and an end for those that don't."""
+    path = model / "generation_config.json"
+    config: dict[str, Any] = read_json(path) if path.is_file() else {}
+    for internal in ("_from_model_config", "output_attentions", "output_hidden_states"):
+        config.pop(internal, None)
+    if config.get("eos_token_id") is None:
+        config["eos_token_id"] = tokenizer.eos_token_id
+    if config.get("pad_token_id") is None:
+        config["pad_token_id"] = tokenizer.pad_token_id
+    for name in ("eos_token_id", "pad_token_id"):
+        if config[name] is None:
+            raise StepFailed(
+                f"neither generation_config.json nor the tokenizer names {name}", "name it in the tokenizer"
+            )
+    config["max_new_tokens"] = min(int(config.get("max_new_tokens") or MAX_NEW_TOKENS), max(1, context // 2))
+    config.setdefault("do_sample", False)
+    config["use_cache"] = True
+    return dict(sorted(config.items()))
+
+
+def try_out(folder: Path, tokenizer: Any, threads: int) -> dict[str, Any]:
+    """Load the folder as its users do: no tensor may be missing or unknown, and it must answer."""
+    torch.set_num_threads(threads)
+    try:
+        with without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # whatever it raises, a user of the folder would see it
+        raise StepFailed(f"{folder.name} can't be loaded: {error}", "famc build makes it again") from error
+    wrong: Mapping[str, Any] = {k: sorted(map(str, v)) for k, v in info.items() if v}
+    if wrong:
+        lines = "; ".join(f"{key}: {', '.join(names[:5])}" for key, names in wrong.items())
+        raise StepFailed(
+            f"{folder.name} does not load cleanly: {lines}", "config.json and weights do not belong together"
+        )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    if not ends <= end_ids(tokenizer):
+        raise StepFailed(
+            f"generation_config.json ends answers at {sorted(ends)}",
+            f"the tokenizer: {sorted(end_ids(tokenizer))}",
+        )
+    prompt = [document_start(tokenizer)]
+    if tokenizer.chat_template is not None:
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt]), logits_to_keep=1).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise StepFailed(
+            f"{folder.name} answers with numbers that are not finite", "look at the losses of its training"
+        )
+    return {"dtype": str(model.dtype).removeprefix("torch.")}
