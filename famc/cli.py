@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from famc.errors import FamcError, FitError, UsageError, did_you_mean
+from famc.errors import FamcError, FitError, SpecError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from famc.graph import Graph
@@ -21,21 +21,32 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    args = _parser().parse_args(argv)
+    as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
+        args = _parser().parse_args(argv)
         return int(args.run(args))
     except FamcError as error:
-        if getattr(args, "json", False):
-            _print_json({"error": type(error).__name__, "message": error.render(), "exit_code": error.exit_code})
-        else:
-            print(f"{_red('error')}: {error.render()}" if "\n" not in error.render() else error.render(), file=sys.stderr)
-        return error.exit_code
+        return _tell(error, as_json)
+    except OSError as error:  # a folder that can't be written, a full disk
+        place = f"{error.filename}: " if error.filename else ""
+        return _tell(UsageError(f"{place}{error.strerror or error}"), as_json)
     except KeyboardInterrupt:
-        print("\ninterrupted: finished steps are kept, and training goes on at its last checkpoint: run famc build again", file=sys.stderr)
+        text = "interrupted: finished steps are kept, training goes on at its last checkpoint: run the command again"
+        if as_json:
+            _print_json({"error": "Interrupted", "message": text, "exit_code": 130})
+        else:
+            print(f"\n{text}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+
+
+def _tell(error: FamcError, as_json: bool) -> int:
+    text = error.render()
+    if as_json:
+        _print_json({"error": type(error).__name__, "message": text, "exit_code": error.exit_code})
+    else:  # mistakes in a spec start with their place, as a compiler's do
+        plain = isinstance(error, SpecError) and "\n" in text
+        print(text if plain else f"{_red('error')}: {text}", file=sys.stderr)
+    return error.exit_code
 
 
 # --- commands ----------------------------------------------------------------------------------------------------------
@@ -49,14 +60,14 @@ def validate(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> int:
     made = _plan(args)
+    if args.output:
+        Path(args.output).write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
     if args.json:
         _print_json(made.to_dict())
     elif not args.quiet:
         from famc.report.tables import plan_lines
 
-        print("\n".join(plan_lines(made, everything=args.all)))
-    if args.output:
-        Path(args.output).write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _print("\n".join(plan_lines(made, everything=args.all)))
     return 0
 
 
@@ -67,9 +78,9 @@ def build(args: argparse.Namespace) -> int:
     from famc.run import run
 
     made = _plan(args)
-    if not made.to_run and not args.json and not args.quiet:
+    if not made.to_run and not args.json:
         publish(made)
-        print("\n".join(total_lines(made)))
+        _say(args, None, "\n".join(total_lines(made)))
         return 0
     with Events(sys.stderr) if args.json else view(made, quiet=args.quiet) as tell:
         report = run(made, tell=tell, keep_going=not args.fail_fast)
@@ -81,19 +92,23 @@ def build(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(result)
     elif not args.quiet:
-        print(f"{len(report.done)} steps done, {len(report.reused)} kept, {len(report.cached)} cached, {len(report.failed)} failed, "
-              f"{len(report.skipped)} skipped in {show_seconds(report.seconds)}")  # fmt: skip
-        for folder in folders:
-            print(f"  {folder}")
+        lines = [
+            f"{len(report.done)} steps done, {len(report.reused)} kept, {len(report.cached)} cached, "
+            f"{len(report.failed)} failed, {len(report.skipped)} skipped in {show_seconds(report.seconds)}",
+            *(f"  {folder}" for folder in folders),
+        ]
         if report.failed:
-            print("\nwhat to do: mend the cause (each log is named above) and run the same command again; what is done stays done")
+            lines += ["", "what to do: mend the cause (each log is named above) and run the same command again; "
+                      "what is done stays done"]  # fmt: skip
+        _print("\n".join(lines))
     return 0 if report.ok else 1
 
 
 def status(args: argparse.Namespace) -> int:
     made = _plan(args)
     if args.json:
-        _print_json({"family": made.family.family.name, "steps": [{"name": s.name, "status": s.status, "because": list(s.because)} for s in made.steps.values()]})
+        steps = [{"name": s.name, "status": s.status, "because": list(s.because)} for s in made.steps.values()]
+        _print_json({"family": made.family.family.name, "steps": steps})
         return 0
     from famc.report.live import last_progress
     from famc.report.tables import columns
@@ -103,7 +118,7 @@ def status(args: argparse.Namespace) -> int:
         progress = last_progress(Path(made.job(step.name).metrics)) if step.status != "cached" else None
         note = f"{progress['done']:g} of {progress['total']:g} when last seen" if progress else "; ".join(step.because)
         rows.append([step.name, step.status, note])
-    print("\n".join(columns(rows)))
+    _say(args, None, "\n".join(columns(rows)))
     return 0
 
 
@@ -120,12 +135,10 @@ def why(args: argparse.Namespace) -> int:
         else:
             text = list(step.because)
         answers.append({"name": name, "status": step.status, "because": text})
-    if args.json:
-        _print_json(answers)
-    else:
-        for answer in answers:
-            print(f"{answer['name']} ({answer['status']})")
-            print("\n".join(f"  {line}" for line in answer["because"]))
+    lines = []
+    for answer in answers:
+        lines += [f"{answer['name']} ({answer['status']})", *(f"  {line}" for line in answer["because"])]
+    _say(args, answers, "\n".join(lines))
     return 0
 
 
@@ -133,11 +146,14 @@ def show(args: argparse.Namespace) -> int:
     made = _plan(args, names=False)
     names = _selected(args, made.graph, [args.step], made)
     if args.json:
-        _print_json([{**made.steps[n].to_dict(), "values": made.graph.nodes[n].params, "runtime": made.graph.nodes[n].runtime, "origins": made.graph.nodes[n].origins, "inputs": made.graph.nodes[n].inputs} for n in names])
+        nodes = [made.graph.nodes[n] for n in names]
+        more = [{"values": n.params, "runtime": n.runtime, "origins": n.origins, "inputs": n.inputs} for n in nodes]
+        _print_json([{**made.steps[n.name].to_dict(), **values} for n, values in zip(nodes, more, strict=True)])
         return 0
     from famc.report.tables import show_lines
 
-    print("\n\n".join("\n".join(show_lines(made.graph.nodes[n], made.steps[n])) for n in names))
+    shown = ("\n".join(show_lines(made.graph.nodes[n], made.steps[n])) for n in names)
+    _say(args, None, "\n\n".join(shown))
     return 0
 
 
@@ -146,34 +162,34 @@ def graph(args: argparse.Namespace) -> int:
 
     made = _graph(args)
     names = _selected(args, made, args.select, None) if args.select else list(made.nodes)
-    if args.json:
-        _print_json({"nodes": [{"name": n, "kind": made.nodes[n].kind, "needs": list(made.nodes[n].needs)} for n in names]})
-        return 0
-    print("\n".join((dot if args.format == "dot" else mermaid)(made, names)))
+    nodes = [{"name": n, "kind": made.nodes[n].kind, "needs": list(made.nodes[n].needs)} for n in names]
+    _say(args, {"nodes": nodes}, "\n".join((dot if args.format == "dot" else mermaid)(made, names)))
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
+    from famc.run import locked
     from famc.store import Store
 
     out = _out(args, _graph(args))
     store = Store(out / "store")
     folders = [path for paths in store.scan().values() for path in paths]
     faults = [fault for folder in folders for fault in store.verify(folder)]
-    if args.json:
-        _print_json({"artifacts": len(folders), "faults": [{"artifact": f.artifact, "file": f.file, "what": f.what} for f in faults]})
-    else:
-        for fault in faults:
-            print(f"{fault.artifact}: {fault.file} {fault.what}")
-        print(f"{len(folders)} artifacts: " + (f"{len(faults)} damaged files" if faults else "every file is what its record says"))
+    told = [{"artifact": f.artifact, "file": f.file, "what": f.what} for f in faults]
+    end = f"{len(faults)} damaged files" if faults else "every file is what its record says"
+    lines = [*(f"{f.artifact}: {f.file} {f.what}" for f in faults), f"{len(folders)} artifacts: {end}"]
+    _say(args, {"artifacts": len(folders), "faults": told, "repaired": bool(faults and args.repair)}, "\n".join(lines))
     if faults and args.repair:
-        for name in dict.fromkeys(f.artifact for f in faults):
-            store.remove(out / "store" / name)
-        print("the damaged artifacts are removed: famc build makes them again", file=sys.stderr)
+        with locked(out):
+            for name in dict.fromkeys(f.artifact for f in faults):
+                store.remove(out / "store" / name)
+        if not args.quiet:
+            print("the damaged artifacts are removed: famc build makes them again", file=sys.stderr)
     return 1 if faults else 0
 
 
 def gc(args: argparse.Namespace) -> int:
+    from famc.graph import open_family
     from famc.plan import keys
     from famc.run import locked
     from famc.spec.quantity import show_bytes
@@ -181,12 +197,10 @@ def gc(args: argparse.Namespace) -> int:
 
     made = _graph(args)
     out = _out(args, made)
-    graphs = [made]
-    if args.profile is None and not args.smoke:  # every profile of the spec is something that it reaches
-        for profile in made.spec.family.profiles:
-            graphs.append(_graph(args, profile=profile))
-    for other in args.keep or ():
-        graphs.append(_graph(args, file=Path(other)))
+    graphs = [made]  # with --profile, --set and --smoke as given; and the specs as they stand, in every profile
+    for file in (Path(args.spec), *map(Path, args.keep or ())):
+        plain = open_family(file)
+        graphs += [plain, *(open_family(file, profile=profile) for profile in plain.spec.family.profiles)]
     store = Store(out / "store")
     reached = {store.path(name, key) for g in graphs for name, key in keys(g).items()}
     partial = {store.partial(name, key) for g in graphs for name, key in keys(g).items()}
@@ -214,10 +228,10 @@ def schema(args: argparse.Namespace) -> int:
 # --- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _graph(args: argparse.Namespace, *, file: Path | None = None, profile: str | None = None) -> Graph:
+def _graph(args: argparse.Namespace) -> Graph:
     from famc.graph import open_family
 
-    return open_family(file or Path(args.spec), profile=profile or args.profile, sets=args.set or (), smoke=args.smoke)
+    return open_family(Path(args.spec), profile=args.profile, sets=args.set or (), smoke=args.smoke)
 
 
 def _out(args: argparse.Namespace, made: Graph) -> Path:
@@ -250,14 +264,23 @@ def _selected(args: argparse.Namespace, made: Graph, texts: Sequence[str], state
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    from famc.store import finite
+
+    _print(json.dumps(finite(value), indent=1, ensure_ascii=False))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `famc plan SPEC | head`: what is read is enough, and what is done stays done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _say(args: argparse.Namespace, value: Any, text: str) -> None:
     if args.json:
         _print_json(value)
     elif not args.quiet:
-        print(text)
+        _print(text)
 
 
 def _red(text: str) -> str:
@@ -265,15 +288,16 @@ def _red(text: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are famc's: exit code 2, a suggestion."""
+    """argparse whose errors are famc's: exit code 2, a suggestion. A misspelt option is no abbreviation."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        choices = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
-        if choices and "invalid choice" in message:
-            word = message.partition("invalid choice: ")[2].split("'")[1]
-            message = f"no command is called '{word}'; {did_you_mean(word, list(choices))}"
-        print(f"{_red('error')}: {message}\nhint: {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
+        if "invalid choice: " in message and "COMMAND" in message:
+            word = message.partition("invalid choice: ")[2].rpartition(" (choose")[0].strip("'\"")
+            message = f"no command is called '{word}'; {did_you_mean(word, COMMANDS)}"
+        raise UsageError(message, f"{self.prog} --help")
 
 
 Command = Callable[[argparse.Namespace], int]

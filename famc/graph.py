@@ -1,7 +1,8 @@
 """Spec -> Graph: only the steps that some variant, teacher, gate or generated source needs, each once.
 
-In: a checked Spec. Out: Graph, whose nodes carry every concrete value and where it came from. Pure, but for reading the
-names, sizes and times of local data files. `inputs` bear identity; `after` is order only (a gate before a release).
+In: a checked Spec. Out: Graph, whose nodes carry every concrete value and where it came from. Pure, but
+for reading the names, sizes and times of local data files. `inputs` bear identity; `after` is order only
+(a gate before a release).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from famc.cost.shape import Shape
 from famc.errors import Problem, SpecError, did_you_mean
 from famc.spec.family import EvalTask, Export, Gate, Mix, StageSpec
 from famc.spec.load import Spec, draft, rehearsal
+from famc.spec.text import Path as Where
 from famc.steps import KINDS, STAGES, others
 from famc.steps.adopt import Adopt
 from famc.steps.base import RUNTIME, Amount, Setting, Training, Work
@@ -70,7 +72,9 @@ class Graph:
         return result
 
     def networkx(self) -> Any:
-        """The graph as networkx.DiGraph: kinds and sizes on nodes, roles on edges. Imported here: it takes 0.15 s."""
+        """The graph as networkx.DiGraph: kinds and sizes on nodes, roles on edges. Imported here: it takes
+        0.15 s.
+        """
         import networkx
 
         graph = networkx.DiGraph()
@@ -134,7 +138,7 @@ class _Builder:
         full = spec.full or spec.family  # a rehearsal compares the sizes that the whole family would
         self.rank = {size: count(shape_of(full, size)).total for size in full.sizes}
 
-    # --- what is published -----------------------------------------------------------------------------------------
+    # --- what is published ----------------------------------------------------------------------------------
 
     def build(self) -> None:
         published: list[tuple[str, str]] = []
@@ -144,17 +148,45 @@ class _Builder:
                 if v.eval:
                     self.eval(size, variant, v.eval)
                 published.append((size, variant))
-        exports: dict[tuple[str, str], list[tuple[str, str, str, Export]]] = {}
+        gates = {(size, variant): self.gates(size, variant) for size, variant in published}
+        exports: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
         for export in self.family.exports:
             for variant in export.variants:
                 for size in self.family.sizes_of(export.sizes):
                     if (size, variant) in published:
-                        for made in self.export(size, variant, export):
-                            exports.setdefault((size, variant), []).append((*made, export))
+                        made = self.export(size, variant, export, tuple(gates[size, variant]))
+                        exports.setdefault((size, variant), []).extend(made)
         for size, variant in published:
             made_here = list({item[0]: item for item in exports.get((size, variant), [])}.values())
-            gates = self.gates(size, variant, made_here)
-            self.release(size, variant, [item[0] for item in made_here], gates)
+            checked = self.export_gates(size, variant, made_here)
+            self.release(size, variant, [item[0] for item in made_here], [*gates[size, variant], *checked])
+        for size, variant in published:
+            self.guard(size, variant)
+
+    def guard(self, size: str, variant: str) -> None:
+        """What trains from a variant waits for the gates on the variant's own figures: nothing is spent on a
+        base that failed. Comparisons (beats, monotonic) guard publication only: they may need what comes
+        later.
+        """
+        model = self.model(variant, size)
+        own = [n for n in self.nodes.values() if n.kind == "gate" and (n.size, n.variant) == (size, variant)
+               and "require" in n.params and "beats" not in n.inputs]  # fmt: skip
+        for gate in own:
+            above = self.above(gate.name)
+            for node in list(self.nodes.values()):
+                trains = "model" in node.inputs and node.kind in STAGES and node.inputs["model"] == model
+                if trains and node.name not in above and gate.name not in node.after:
+                    self.nodes[node.name] = _replace(node, after=(*node.after, gate.name))
+
+    def above(self, name: str) -> set[str]:
+        """A step and all that it needs."""
+        todo, seen = [name], set()
+        while todo:
+            current = todo.pop()
+            if current not in seen:
+                seen.add(current)
+                todo += self.nodes[current].needs
+        return seen
 
     def add(self, node: Node) -> str:
         if node.name in self.nodes:
@@ -163,7 +195,7 @@ class _Builder:
         self.nodes[node.name] = node if backend is None else _replace(node, backend=backend)
         return node.name
 
-    # --- stages ----------------------------------------------------------------------------------------------------
+    # --- stages ---------------------------------------------------------------------------------------------
 
     def stage(self, size: str, stage: str) -> str:
         """The node of a stage at a size, made with all it needs."""
@@ -192,7 +224,8 @@ class _Builder:
         resolved = spec.resolve(Setting(shape, self.params[size], data), origins.get)
         values = dict(resolved.values)
         values["seed"] = self.family.family.seed
-        values["shape"] = _shape_values(shape, values)
+        parent = self.nodes[inputs["model"]].params.get("shape") if "model" in inputs else None
+        values["shape"] = _shape_values(shape, values, parent)
         for key in ("teacher",):
             values.pop(key, None)
         runtime = {key: values.pop(key) for key in sorted(RUNTIME) if key in values}
@@ -204,15 +237,15 @@ class _Builder:
         return self.add(node)
 
     def stage_at(self, size: str, stage: str) -> tuple[StageSpec, dict[str, str]]:
-        """A stage with the overrides of the size's groups, backend and own name laid over it; who wrote each field."""
+        """A stage with the overrides of the size's groups, backend and own name laid over it; who wrote each
+        field.
+        """
         spec = self.family.stages[stage]
-        written = {
-            key: self.spec.origin(("stages", stage, key)) or ""
-            for key in spec.model_dump(exclude_unset=True, by_alias=True)
-        }
+        path: Where = ("stages", stage)
+        written = {key: self.spec.origin(where) or "" for key, where in _fields(_raw(spec), path)}
         for key in self.names.overrides(stage, size):
-            for changed in spec.by[key]:
-                written[changed] = f"by {key}, {self.spec.origin(('stages', stage, 'by', key, changed)) or ''}"
+            for changed, where in _fields(spec.by[key], (*path, "by", key)):
+                written[changed] = f"by {key}, {self.spec.origin(where) or ''}"
         return self.names.stage_at(stage, size), written
 
     def model(self, ref: str, size: str) -> str:
@@ -252,7 +285,7 @@ class _Builder:
             missing.append("thinking modes can be planned, but this version of famc does not train them")
         return tuple(missing)
 
-    # --- data ------------------------------------------------------------------------------------------------------
+    # --- data -----------------------------------------------------------------------------------------------
 
     def source(self, name: str) -> Amount:
         return corpus_amount(self.nodes[self.data(name)].params)
@@ -322,7 +355,7 @@ class _Builder:
             Node("tokenizer", "tokenizer", params=params, runtime=runtime, inputs=inputs, work=others.tokenizer_work(params), missing=missing)
         )
 
-    # --- scoring and publishing --------------------------------------------------------------------------------------
+    # --- scoring and publishing -----------------------------------------------------------------------------
 
     def eval(self, size: str, variant: str, suite: str) -> str:
         """The node that scores a variant (or, for comparisons, a stage) on a suite."""
@@ -332,6 +365,8 @@ class _Builder:
         model = self.model(variant, size)
         tasks, missing = self.tasks(suite)
         inputs = {"model": model, "tokenizer": self.tokenizer()}
+        if self.nodes[model].kind == "dpo":  # its implicit rewards are log-ratios to what it started from
+            inputs["reference"] = self.nodes[model].inputs["model"]
         for task in tasks:
             if task["data"]:
                 inputs[f"data.{task['data']}"] = self.data(task["data"])
@@ -369,8 +404,10 @@ class _Builder:
             )
         return tasks, tuple(missing)
 
-    def export(self, size: str, variant: str, export: Export) -> list[tuple[str, str, str]]:
-        """Export and parity nodes: [(export, parity or "", label)]."""
+    def export(self, size: str, variant: str, export: Export, gates: tuple[str, ...]) -> list[tuple[str, str, str]]:
+        """Export and parity nodes: [(export, parity or "", label)]. A variant that fails its gates is not
+        exported.
+        """
         made = []
         model = self.model(variant, size)
         shape, parameters = self.shapes[size], self.params[size]
@@ -387,7 +424,7 @@ class _Builder:
             archs = others.EXPORTS.get((export.format, quant), others.EXPORTS.get((export.format, "*"), frozenset()))
             missing = () if archs else (f"format '{export.format}' can be planned, but this version of famc has no worker for it",)
             work = others.export_work(parameters)
-            self.add(Node(address, "export", size, variant, params, inputs=inputs, shape=shape, work=work, missing=missing))
+            self.add(Node(address, "export", size, variant, params, inputs=inputs, after=gates, shape=shape, work=work, missing=missing))
             parity = ""
             if archs:
                 parity = self.parity(size, variant, model, address, label, export.format)
@@ -410,23 +447,29 @@ class _Builder:
         name = f"{size}/{variant}/parity.{label}"
         return self.add(Node(name, "parity", size, variant, params, inputs=inputs, shape=shape, work=others.parity_work(shape)))
 
-    def gates(self, size: str, variant: str, exports: list[tuple[str, str, str, Export]]) -> list[str]:
-        """Gate nodes of a variant and its exports."""
+    def gates(self, size: str, variant: str) -> list[str]:
+        """Gate nodes on a variant's scores."""
         made: list[str] = []
-        gated: set[str] = set()
         for index, gate in enumerate(self.family.gates):
-            for export, parity, label, _ in exports:
-                if (gate.parity or gate.max_drop) and fnmatch.fnmatchcase(export, gate.match):
-                    self.gated.add(index)
-                    if parity:
-                        made.append(self.gate(size, variant, f"gate.{gate.name or label}", gate, {"parity": parity}))
-                        gated.add(export)
             if matches(gate, size, variant) and not (gate.parity or gate.max_drop):
                 inputs = self.gate_inputs(gate, size, variant)
                 if inputs is not None:
                     self.gated.add(index)
                     made.append(self.gate(size, variant, f"gate.{gate_name(gate)}", gate, inputs))
-        for export, parity, label, _ in exports:
+        return made
+
+    def export_gates(self, size: str, variant: str, exports: list[tuple[str, str, str]]) -> list[str]:
+        """Gate nodes on a variant's exports; an export that the spec says nothing of has famc's own."""
+        made: list[str] = []
+        gated: set[str] = set()
+        for index, gate in enumerate(self.family.gates):
+            for export, parity, label in exports:
+                if (gate.parity or gate.max_drop) and fnmatch.fnmatchcase(export, gate.match):
+                    self.gated.add(index)
+                    if parity:
+                        made.append(self.gate(size, variant, f"gate.{gate.name or label}", gate, {"parity": parity}))
+                        gated.add(export)
+        for export, parity, label in exports:
             if parity and export not in gated:
                 made.append(self.gate(size, variant, f"gate.{label}", default_gate(label), {"parity": parity}))
         return made
@@ -473,7 +516,7 @@ class _Builder:
             lineage = self.lineage(model)
             params = {
                 "family": family.family.model_dump(), "size": size, "variant": variant, "lineage": lineage,
-                "shape": _shape_values(self.shapes[size], {}), "parameters": self.params[size],
+                "shape": self.nodes[model].params["shape"], "parameters": self.params[size],
                 "licenses": self.licenses(model),
             }  # fmt: skip
             gated = {f"gate.{n.rpartition('/gate.')[2]}": n for n in gates}
@@ -487,7 +530,7 @@ class _Builder:
              "-export": "", "export": ""}  # fmt: skip
         )
         params = {"repo": repo, "to": release.to, "dry_run": release.dry_run, "license": family.family.license,
-                  "max_context": self.shapes[size].context}  # fmt: skip
+                  "max_context": self.nodes[model].params["shape"]["context"]}  # fmt: skip
         runtime = {"path": release.path, "collection": release.collection}
         missing: tuple[str, ...] = ()
         if release.to == "hf" and not release.dry_run:
@@ -536,21 +579,38 @@ def gate_name(gate: Gate) -> str:
 
 
 def default_gate(label: str) -> Gate:
-    """What every export must satisfy when the spec says nothing: the same ids and template, and nearly the same model."""
+    """What every export must satisfy when the spec says nothing: the same ids and template, and nearly the
+    same model.
+    """
     kl = {"onnx-fp32": 1e-4, "safetensors-fp32": 1e-6}.get(label, 0.05)
     return Gate.model_validate({"match": "*", "parity": {"tokenizer": "exact", "template": "exact", "kl": kl}})
 
 
-def _shape_values(shape: Shape, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dimensions as the worker reads them; a stage's own context and rope_theta win."""
-    moe = shape.moe
+def _shape_values(
+    shape: Shape, values: Mapping[str, Any], parent: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Dimensions as the worker reads them; a stage's own context and rope_theta win, then those of its parent, whose
+    positions an earlier stage may have extended."""
+    moe, inherited = shape.moe, parent or {}
     return {
         "arch": shape.arch, "vocab": shape.vocab, "layers": shape.layers, "hidden": shape.hidden, "ffn": shape.ffn,
         "heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "tie": shape.tie,
-        "context": max(shape.context, values.get("context") or 0),
-        "rope_theta": values.get("rope_theta") or shape.rope_theta,
+        "context": max(inherited.get("context") or shape.context, values.get("context") or 0),
+        "rope_theta": values.get("rope_theta") or inherited.get("rope_theta") or shape.rope_theta,
         "moe": None if moe is None else {"experts": moe.experts, "active": moe.active, "ffn": moe.ffn},
     }  # fmt: skip
+
+
+def _raw(stage: StageSpec) -> dict[str, Any]:
+    return stage.model_dump(exclude_unset=True, by_alias=True)
+
+
+def _fields(values: Mapping[str, Any], path: Where) -> list[tuple[str, Where]]:
+    """Fields that are written, with their places; those of `lr` one by one."""
+    found: list[tuple[str, Where]] = [(key, (*path, key)) for key in values]
+    lr = values.get("lr")
+    names = list(lr) if isinstance(lr, Mapping) else ["peak"] if lr is not None else []
+    return found + [(f"lr.{name}", (*path, "lr", name)) for name in names]
 
 
 def _replace(node: Node, **changes: Any) -> Node:

@@ -329,14 +329,12 @@ def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
 
 def _threads(node: Node, cores: int) -> int:
     """Cores of a job: one, as small matrices gain little from more and other jobs run beside it; all for large models."""
-    if node.shape is None or count(node.shape).total < (LARGE if node.work.mode == "train" else 50 * LARGE):
-        return 1
-    return cores
+    return 1 if node.shape is None or count(node.shape).total < LARGE else cores
 
 
-# Parameters from which a CPU training job gets all cores (evaluations: 50 times that). Below, two jobs side by side train more tokens a second than one after
-# the other on two threads (benchmarks/build.py prints the ratio).
-LARGE = 2_000_000
+# Parameters from which a CPU job gets all cores. Below, two jobs side by side do more than one after the other on two
+# threads, and a thread that waits for a neighbour's program costs its own job only.
+LARGE = 20_000_000
 
 
 def _weaker(*bases: str) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from famc.errors import StepFailed, UsageError
+from famc.errors import StepFailed, StoreError, UsageError
 from famc.job import Job, base_record, content
 from famc.plan import Plan, Planned
 from famc.store import Store, read_record
@@ -29,6 +31,7 @@ from famc.store import Store, read_record
 # Kinds whose worker needs no torch: started plain, while the warm server still imports.
 PLAIN_KINDS = frozenset({"corpus"})
 SERVER_GONE = 254
+SERVER_ENDS = 2.0  # seconds that the server has to kill its jobs; then it is killed, and the kernel ends them
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -53,7 +56,8 @@ class Execute:
 
     def __init__(self) -> None:
         self.server: subprocess.Popen[str] | None = None
-        self.ended: dict[str, queue.Queue[int]] = {}
+        self.words = tempfile.TemporaryFile()  # noqa: SIM115 - the server's stderr: a pipe that nobody reads fills up
+        self.ended: dict[str, queue.Queue[int]] = {}  # job file -> where its exit code is waited for
         self.plain: dict[str, subprocess.Popen[bytes]] = {}
         self.lock = threading.Lock()
 
@@ -61,13 +65,14 @@ class Execute:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",  # torch.set_num_threads gives each job its own number
+            "OMP_WAIT_POLICY": "passive",  # threads that spin for one another stand still on a busy machine
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "PYTHONHASHSEED": "0",
         }
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "famc.work.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=environment, start_new_session=True,
+            [sys.executable, "-m", "famc.work.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.words, text=True, encoding="ascii", env=environment, start_new_session=True,
         )  # fmt: skip
         threading.Thread(target=self._listen, daemon=True).start()
         return self
@@ -75,16 +80,17 @@ class Execute:
     def __exit__(self, *_: object) -> None:
         assert self.server is not None and self.server.stdin is not None
         with self.lock:
-            plain = list(self.plain.values())
+            plain, forked = list(self.plain.values()), bool(self.ended)
         for process in plain:
             process.kill()
         with contextlib.suppress(OSError):
             self.server.stdin.close()  # the server kills its jobs and ends
         try:
-            self.server.wait(10.0)
+            self.server.wait(SERVER_ENDS if forked else 0.1)  # without jobs it may be importing still: never mind
         except subprocess.TimeoutExpired:
             self.server.kill()
             self.server.wait()
+        self.words.close()
 
     def __call__(self, job: Job) -> int:
         """Run a job to its end; its exit code."""
@@ -92,7 +98,9 @@ class Execute:
         Path(job.log).write_bytes(b"")
         file = Path(job.log).with_suffix(".job.json")
         file.write_text(job.to_json(), encoding="utf-8")
-        code = self._plain(job, file) if job.kind in PLAIN_KINDS else self._forked(job, file)
+        assert self.server is not None
+        warm = job.kind not in PLAIN_KINDS and self.server.poll() is None  # a server that died is not missed
+        code = self._forked(job, file) if warm else self._plain(job, file)
         file.unlink(missing_ok=True)
         return code
 
@@ -100,12 +108,12 @@ class Execute:
         assert self.server is not None and self.server.stdin is not None
         box: queue.Queue[int] = queue.Queue()
         with self.lock:
-            self.ended[job.name] = box
+            self.ended[str(file)] = box
             try:
-                self.server.stdin.write(f"{file}\n")
+                self.server.stdin.write(json.dumps(str(file)) + "\n")
                 self.server.stdin.flush()
-            except OSError:
-                box.put(1)
+            except (OSError, ValueError):  # it has ended, or the build is being left
+                box.put(SERVER_GONE)
         code = box.get()
         if code == SERVER_GONE:
             with Path(job.log).open("a", encoding="utf-8") as log:
@@ -115,10 +123,10 @@ class Execute:
     def _listen(self) -> None:
         assert self.server is not None and self.server.stdout is not None
         for line in self.server.stdout:
-            name, _, code = line.rpartition(" ")
+            file, code = json.loads(line)
             with self.lock:
-                box = self.ended.pop(name)
-            box.put(int(code))
+                box = self.ended.pop(file)
+            box.put(code)
         with self.lock:
             for box in self.ended.values():
                 box.put(SERVER_GONE)
@@ -126,16 +134,20 @@ class Execute:
     @property
     def last_words(self) -> str:
         """The last line that the server wrote to stderr."""
-        assert self.server is not None and self.server.stderr is not None
-        lines = self.server.stderr.read().strip().splitlines() if self.server.poll() is not None else []
-        return lines[-1] if lines else "no reason given"
+        try:
+            self.words.seek(0)
+            lines = self.words.read().decode("utf-8", "replace").split("\n")
+        except ValueError:  # closed: the build is being left
+            lines = []
+        return next((line for line in reversed(lines) if line.strip()), "no reason given")
 
     def _plain(self, job: Job, file: Path) -> int:
-        environment = {**os.environ, "FAMC_LIFE": "stdin", "OMP_NUM_THREADS": str(job.threads), "PYTHONHASHSEED": "0"}
+        threads = str(job.threads)
+        environment = {**os.environ, "FAMC_LIFE": "stdin", "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": "0"}
         with Path(job.log).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "famc.work", str(file)], stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
-                start_new_session=True,
+                [sys.executable, "-m", "famc.work", str(file)], stdin=subprocess.PIPE, stdout=log, stderr=log,
+                env=environment, start_new_session=True,
             )  # fmt: skip
         with self.lock:
             self.plain[job.name] = process
@@ -158,7 +170,8 @@ def locked(out: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             owner = file.read().strip() or "unknown"
-            raise UsageError(f"another build works in {out} (process {owner})", "wait for it, or choose another --out") from None
+            hint = "wait for it, or choose another --out"
+            raise UsageError(f"another build works in {out} (process {owner})", hint) from None
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
@@ -173,7 +186,10 @@ def run(
     tell: Tell = lambda event: None,
     keep_going: bool = True,
 ) -> Report:
-    """Run all steps of a plan that are not in the store. Raises UsageError before anything starts if one can't run here."""
+    """Run all steps of a plan that are not in the store.
+
+    Raises UsageError before anything starts if one can't run here, or if another build works in the same folder.
+    """
     refuse_blocked(plan)
     started = time.monotonic()
     if not plan.to_run:
@@ -183,19 +199,21 @@ def run(
         build = _Build(plan, runner, tell, keep_going)
         build.go()
     return Report(
-        tuple(build.done), tuple(build.reused), tuple(n for n, s in plan.steps.items() if s.status == "cached"),
-        dict(build.failed), tuple(build.skipped), time.monotonic() - started,
+        tuple(build.done), tuple(build.reused), build.cached, dict(build.failed), tuple(build.skipped),
+        time.monotonic() - started,
     )  # fmt: skip
 
 
 def refuse_blocked(plan: Plan) -> None:
     """A step that can't run here is told before anything starts, not at 3 a.m."""
-    lines = [f"{s.name}: {reason}" for s in plan.steps.values() if s.status == "blocked" and s.node.missing for reason in s.node.missing]
+    blocked = [s for s in plan.steps.values() if s.status == "blocked"]
+    lines = [f"{s.name}: {reason}" for s in blocked for reason in s.node.missing]
     away = [s for s in plan.to_run if not s.hardware.local or s.hardware.accelerator.kind != "cpu"]
     lines += [f"{s.name} is placed on {s.hardware.name}, which is not this machine" for s in away[:1]]
     if lines:
         shown = lines[:12] + ([f"… and {len(lines) - 12} more"] if len(lines) > 12 else [])
-        raise UsageError("this build can't run here:\n  " + "\n  ".join(shown), "famc plan shows them all; select what can run, e.g. famc build SPEC --select kind:pretrain")
+        hint = "famc plan shows them all; select what can run, e.g. famc build SPEC --select kind:pretrain"
+        raise UsageError("this build can't run here:\n  " + "\n  ".join(shown), hint)
 
 
 class _Build:
@@ -204,7 +222,9 @@ class _Build:
     def __init__(self, plan: Plan, execute: Callable[[Job], int], tell: Tell, keep_going: bool) -> None:
         self.plan, self.execute, self.tell, self.keep_going = plan, execute, tell, keep_going
         self.store = Store(plan.out / "store")
-        self.waiting: dict[str, Planned] = {s.name: s for s in plan.to_run}
+        # the plan was made before the lock was held: another build may have made some of it since
+        self.waiting = {s.name: s for s in plan.to_run if not self.store.has(s.name, s.key)}
+        self.cached = tuple(name for name in plan.steps if name not in self.waiting)
         self.present = {name: list(paths) for name, paths in self.store.scan().items()}
         self.finished: queue.Queue[tuple[str, int]] = queue.Queue()
         self.running: dict[str, threading.Thread] = {}
@@ -213,6 +233,7 @@ class _Build:
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
         self.rank = _bottom_levels(plan)
+        self.before = _waits_for(plan, self.waiting)
 
     def go(self) -> None:
         while self.waiting or self.running:
@@ -226,7 +247,7 @@ class _Build:
 
     def _ready(self) -> list[Planned]:
         pending = set(self.waiting) | set(self.running)
-        ready = [s for s in self.waiting.values() if not pending.intersection(s.node.needs)]
+        ready = [s for s in self.waiting.values() if not pending & self.before[s.name]]
         return sorted(ready, key=lambda s: (-self.rank[s.name], s.name))
 
     def _start_what_fits(self) -> None:
@@ -234,7 +255,7 @@ class _Build:
         while progress and not (self.failed and not self.keep_going):
             progress = False
             for step in self._ready():
-                if any(need in self.failed or need in self.skipped for need in step.node.needs):
+                if self.before[step.name] & {*self.failed, *self.skipped}:
                     del self.waiting[step.name]
                     self.skipped.append(step.name)
                     self.tell({"event": "skipped", "step": step.name})
@@ -254,17 +275,18 @@ class _Build:
 
     def _cut_off(self, step: Planned) -> bool:
         """Take an older artifact of the same content; its inputs have new keys but the same bytes."""
-        candidates = self.present.get(step.name, [])
+        candidates = self.present.pop(step.name, [])  # once: what did not do will not do later
         if not candidates:
             return False
         job = self.plan.job(step.name)
-        outputs = {role: self.store.record(a, k)["output"] for role, (a, k) in job.inputs.items()}
-        twin = self.store.twin(content(job, outputs), candidates)
+        try:
+            outputs = {role: self.store.record(a, k)["output"] for role, (a, k) in job.inputs.items()}
+        except StoreError:
+            return False  # the job itself will say which input is damaged
+        twin = next(self.store.twins(content(job, outputs), candidates), None)
         if twin is None:
             return False
         old = read_record(twin)
-        if self.store.verify(twin):
-            return False  # damaged: build it again
         kept = {k: v for k, v in old.items() if k not in ("files", "output")}
         self.store.reuse(step.name, step.key, twin, {**kept, **base_record(job, outputs), "reused": old["key"]})
         del self.waiting[step.name]
@@ -289,7 +311,8 @@ class _Build:
 
         thread = threading.Thread(target=supervise, name=step.name, daemon=True)
         self.running[step.name] = thread
-        self.tell({"event": "start", "step": step.name, "kind": step.node.kind, "seconds": step.seconds, "metrics": job.metrics})
+        event = {"event": "start", "step": step.name, "kind": step.node.kind}
+        self.tell({**event, "seconds": step.seconds, "metrics": job.metrics})
         thread.start()
 
     def _finish(self, name: str, code: int) -> None:
@@ -297,9 +320,9 @@ class _Build:
         step = self.plan.steps[name]
         if code == 0 and self.store.has(name, step.key):
             record = self.store.record(name, step.key)
-            self.present.setdefault(name, []).insert(0, self.store.path(name, step.key))
             self.done.append(name)
-            self.tell({"event": "done", "step": name, "seconds": record["seconds"], "metrics": record["metrics"]})
+            numbers = {"seconds": record.get("seconds", 0.0), "metrics": record.get("metrics", {})}
+            self.tell({"event": "done", "step": name, **numbers})
             return
         reason = why_it_failed(self.plan.job(name), code)
         self.failed[name] = reason
@@ -313,27 +336,39 @@ class _Build:
 
 
 def why_it_failed(job: Job, code: int) -> str:
-    """The reason that the job gave, else what its exit code means."""
+    """What ended the job, else the reason that it gave, else what its exit code means."""
+    if code == -signal.SIGKILL:
+        return f"was killed (out of memory? the plan expected {job.memory / 1e9:.2f} GB)"
+    if code < 0:
+        names = {s.value: s.name for s in signal.Signals}
+        return f"was ended by signal {names.get(-code, -code)}"
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = Path(job.log).read_text(encoding="utf-8", errors="replace").splitlines()
     for index in range(len(lines) - 1, -1, -1):
         if lines[index].startswith("error: "):
             return "\n".join([lines[index].removeprefix("error: "), *lines[index + 1 :]][:20])
-    if code == -signal.SIGKILL:
-        return f"was killed (out of memory? the plan expected {job.memory / 1e9:.2f} GB)"
-    if code < 0:
-        return f"was ended by signal {signal.Signals(-code).name}"
+    if code == 0:
+        return "ended well, but left no artifact"
     return f"ended with exit code {code} and said nothing"
 
 
 def _bottom_levels(plan: Plan) -> dict[str, float]:
     """Planned seconds from the start of a step to the end of the longest chain behind it."""
     level: dict[str, float] = {}
-    for name in reversed(plan.steps):
+    for name in reversed(list(plan.steps)):
         behind = [level[f] for f in plan.graph.followers[name] if f in level]
         level[name] = plan.steps[name].seconds + max(behind, default=0.0)
     return level
+
+
+def _waits_for(plan: Plan, waiting: Mapping[str, Planned]) -> dict[str, frozenset[str]]:
+    """The waiting steps that each step needs, through finished ones too: a gate that is checked again guards what follows."""
+    before: dict[str, frozenset[str]] = {}
+    for name, step in plan.steps.items():
+        needs = (frozenset({need}) if need in waiting else before[need] for need in step.node.needs)
+        before[name] = frozenset().union(*needs)
+    return before
 
 
 def check_damage(plan: Plan) -> list[str]:

@@ -2,7 +2,8 @@
 
     0.6b/sft            a step; also a glob: */sft, data/*
     0.6b/instruct       a variant at a size: the stage behind it and all that scores, exports and releases it
-    kind:export         by kind;  size:0.6b, variant:instruct, backend:h100, state:changed (new, cached, blocked, changed)
+    kind:export         by kind;  size:0.6b, variant:instruct, backend:h100,
+                        state:changed (new, changed, cached, blocked; modified: new or changed)
     +X  X+  +X+         with all that X needs, with all that needs X
     A B                 union (several arguments, or a space);  A,B  intersection
 """
@@ -16,6 +17,7 @@ from famc.errors import UsageError, did_you_mean
 from famc.graph import Graph
 
 _FIELDS = ("kind", "size", "variant", "backend", "state")
+_STATES = ("new", "changed", "cached", "blocked", "modified")  # modified: new or changed
 
 
 def select(graph: Graph, texts: Iterable[str], states: Mapping[str, str] | None = None) -> list[str]:
@@ -46,31 +48,40 @@ def _one(graph: Graph, term: str, states: Mapping[str, str] | None) -> set[str]:
 
 def _core(graph: Graph, core: str, states: Mapping[str, str] | None) -> set[str]:
     field, colon, value = core.partition(":")
-    if colon and field in _FIELDS:
-        if field == "state":
-            if states is None:
-                raise UsageError(f"`{core}` needs a store to compare with", "use it with famc plan, build or status")
-            found = {n for n in graph.nodes if states.get(n) == value or (value == "modified" and states.get(n) in ("changed", "new"))}
-            if value not in ("new", "changed", "cached", "blocked", "modified"):
-                raise UsageError(f"`{core}`: unknown state", did_you_mean(value, ("new", "changed", "cached", "blocked", "modified")))
-            return found
-        found = {n.name for n in graph.nodes.values() if getattr(n, field) is not None and fnmatch.fnmatchcase(str(getattr(n, field)), value)}
-        if not found:
-            known = {str(getattr(n, field)) for n in graph.nodes.values() if getattr(n, field) is not None}
-            raise UsageError(f"`{core}` selects no step", did_you_mean(value, known))
-        return found
-    if colon:
+    if not colon:
+        return _by_name(graph, core)
+    if field == "state":
+        return _by_state(graph, core, value, states)
+    if field not in _FIELDS:
         raise UsageError(f"`{core}`: unknown selector", did_you_mean(field, _FIELDS))
-    found = {name for name in graph.nodes if fnmatch.fnmatchcase(name, core)}
-    size, slash, variant = core.partition("/")
-    if slash:
-        family = graph.spec.family
-        for one_size in family.sizes:
-            for one_variant in family.variants:
-                stage = family.stage_of(one_variant, one_size)
-                if stage and fnmatch.fnmatchcase(one_size, size) and fnmatch.fnmatchcase(one_variant, variant):
-                    found.add(f"{one_size}/{stage}")
-                    found |= {n.name for n in graph.nodes.values() if n.size == one_size and n.variant == one_variant}
+    values = {name: str(v) for name, n in graph.nodes.items() if (v := getattr(n, field)) is not None}
+    found = {name for name, v in values.items() if fnmatch.fnmatchcase(v, value)}
     if not found:
-        raise UsageError(f"`{core}` selects no step", did_you_mean(core, graph.nodes))
+        raise UsageError(f"`{core}` selects no step", did_you_mean(value, values.values()))
+    return found
+
+
+def _by_state(graph: Graph, core: str, value: str, states: Mapping[str, str] | None) -> set[str]:
+    if value not in _STATES:
+        raise UsageError(f"`{core}`: unknown state", did_you_mean(value, _STATES))
+    if states is None:
+        raise UsageError(f"`{core}` needs a store to compare with", "use it with famc plan, build or status")
+    wanted = ("new", "changed") if value == "modified" else (value,)
+    return {name for name in graph.nodes if states.get(name) in wanted}
+
+
+def _by_name(graph: Graph, core: str) -> set[str]:
+    found = {name for name in graph.nodes if fnmatch.fnmatchcase(name, core)}
+    published: dict[str, set[str]] = {}  # size/variant -> the stage behind it, and all that is made of it
+    for size in graph.spec.family.sizes:
+        for variant in graph.spec.family.variants:
+            stage = graph.spec.family.stage_of(variant, size)
+            if stage is not None:
+                made = {n.name for n in graph.nodes.values() if (n.size, n.variant) == (size, variant)}
+                published[f"{size}/{variant}"] = {f"{size}/{stage}"} | made
+    for address, steps in published.items():
+        if fnmatch.fnmatchcase(address, core):
+            found |= steps
+    if not found:
+        raise UsageError(f"`{core}` selects no step", did_you_mean(core, {*graph.nodes, *published}))
     return found

@@ -1,8 +1,8 @@
 """Artifact folders: `<root>/<address>-<key[:12]>/`, made in `.partial`, fsynced, renamed; the record is written last.
 
-In: a step's address and key. Out: a folder whose `famc.json` names every file with its hash. A folder without a record
-is no artifact. Nothing here knows what a step does. Identity: the key; and `output`, the digest of the files' content,
-which lets a rebuilt but byte-identical step keep what follows it (early cut-off).
+In: a step's address and key. Out: a folder whose `famc.json` names every file with its hash, and signs itself.
+A folder without a record is no artifact. Nothing here knows what a step does. Identity: the key; and `output`,
+the digest of the files' content, which lets a rebuilt but byte-identical step keep what follows it (early cut-off).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -22,16 +23,29 @@ from famc.errors import StoreError
 
 RECORD = "famc.json"
 PARTIAL = ".partial"
+SIGNATURE = "signature"  # in a record: the hash of the rest of it
 _ARTIFACT = re.compile(r"-[0-9a-f]{12}$")
 
 
 def canonical(value: Any) -> str:
-    """JSON with one spelling a value. A type that has no stable spelling raises TypeError, naming it."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_refuse)
+    """JSON with one spelling a value. What has no stable spelling raises TypeError, naming its type."""
+    _refuse(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _refuse(value: Any) -> Any:
-    raise TypeError(f"a {type(value).__name__} can't be part of a key: give it a stable form in graph.py")
+def _refuse(value: Any) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):  # json.dumps would spell 1 and "1" alike
+                raise TypeError(f"a {type(key).__name__} can't name a value in a key: use text")
+            _refuse(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse(item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"the float {value} can't be part of a key: it has no JSON form")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise TypeError(f"a {type(value).__name__} can't be part of a key: give it a stable form in graph.py")
 
 
 def digest(value: Any) -> str:
@@ -83,33 +97,36 @@ class Store:
             for entry in entries:
                 if not entry.is_dir(follow_symlinks=False) or entry.name == PARTIAL:
                     continue
+                path = Path(entry.path)
                 if _ARTIFACT.search(entry.name):
-                    record = Path(entry.path) / RECORD
                     with contextlib.suppress(FileNotFoundError):
-                        when = record.stat().st_mtime
-                        address = os.path.relpath(entry.path, self.root)[:-13].replace(os.sep, "/")
-                        found.setdefault(address, []).append((when, Path(entry.path)))
-                else:
-                    todo.append(Path(entry.path))
+                        when = (path / RECORD).stat().st_mtime
+                        address = path.relative_to(self.root).as_posix()[:-13]
+                        found.setdefault(address, []).append((when, path))
+                        continue
+                todo.append(path)  # part of an address, even where a size is called like an artifact
         return {name: [p for _, p in sorted(items, key=lambda i: (-i[0], str(i[1])))] for name, items in found.items()}
 
     def commit(self, name: str, key: str, record: Mapping[str, Any]) -> Path:
         """`.partial` folder -> artifact: hash and fsync every file, write the record, rename."""
         made = self.partial(name, key)
+        for left in (RECORD, RECORD + ".tmp"):  # of a commit that was killed
+            (made / left).unlink(missing_ok=True)
         files: dict[str, dict[str, Any]] = {}
-        for path in sorted(p for p in made.rglob("*") if p.is_file()):
+        for path in sorted(made.rglob("*")):
             relative = path.relative_to(made).as_posix()
-            if relative == RECORD:
-                continue
-            files[relative] = {"sha256": _hash_and_sync(path), "bytes": path.stat().st_size}
-        full = {**record, "files": files, "output": output_digest(files)}
-        _write_synced(made / RECORD, json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+            if path.is_symlink():
+                raise StoreError(f"{name}: {relative} is a link: an artifact holds its own files")
+            if path.is_file():
+                files[relative] = {"sha256": _hash_and_sync(path), "bytes": path.stat().st_size}
+        _write_synced(made / RECORD, signed({**record, "files": files, "output": output_digest(files)}))
         for folder in sorted((p for p in made.rglob("*") if p.is_dir()), reverse=True):
             _sync_folder(folder)
         _sync_folder(made)
         final = self.path(name, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():  # an artifact whose record was lost or damaged: this one replaces it
+            (final / RECORD).unlink(missing_ok=True)
             shutil.rmtree(final)
         made.rename(final)
         _sync_folder(final.parent)
@@ -118,39 +135,35 @@ class Store:
     def reuse(self, name: str, key: str, source: Path, record: Mapping[str, Any]) -> Path:
         """A new artifact whose files are those of another (hard links): early cut-off."""
         made = self.partial(name, key)
-        shutil.rmtree(made, ignore_errors=True)
+        if made.exists():
+            shutil.rmtree(made)
         made.mkdir(parents=True)
         for relative in read_record(source)["files"]:
             link_or_copy(source / relative, made / relative)
         return self.commit(name, key, record)
 
-    def twin(self, content: str, folders: Iterable[Path]) -> Path | None:
-        """The first of some artifacts that was made from the same content."""
+    def twins(self, content: str, folders: Iterable[Path]) -> Iterator[Path]:
+        """Those of some artifacts that were made from the same content and are whole."""
         for folder in folders:
             with contextlib.suppress(StoreError):
-                if read_record(folder).get("content") == content:
-                    return folder
-        return None
+                if read_record(folder).get("content") == content and not self.verify(folder):
+                    yield folder
 
     def verify(self, folder: Path) -> list[Fault]:
-        """Re-hash every file of an artifact."""
-        name = os.path.relpath(folder, self.root)
+        """Re-hash every file of an artifact, and its record."""
+        name = folder.relative_to(self.root).as_posix()
         try:
             record = read_record(folder)
         except StoreError as error:
-            return [Fault(name, RECORD, error.message)]
-        faults = []
-        for relative, expected in record["files"].items():
-            path = folder / relative
-            if not path.is_file():
-                faults.append(Fault(name, relative, "is missing"))
-            elif path.stat().st_size != expected["bytes"]:
-                faults.append(Fault(name, relative, f"has {path.stat().st_size} bytes, the record says {expected['bytes']}"))
-            elif hash_file(path) != expected["sha256"]:
-                faults.append(Fault(name, relative, "has other content than the record says"))
-        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {RECORD}
-        faults += [Fault(name, extra, "is not in the record") for extra in sorted(present - set(record["files"]))]
-        if output_digest(record["files"]) != record.get("output"):
+            return [Fault(name, RECORD, error.message.removeprefix(f"{folder.name}: "))]
+        faults = [Fault(name, file, what) for file, what in _faults(folder, record["files"])]
+        listed = {RECORD, *record["files"]}
+        present = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+        extra = sorted({p.relative_to(folder).as_posix() for p in present} - listed)
+        faults += [Fault(name, file, "is not in the record") for file in extra]
+        if signed(record) != (folder / RECORD).read_text(encoding="utf-8"):
+            faults.append(Fault(name, RECORD, "is not as it was signed"))
+        elif output_digest(record["files"]) != record.get("output"):
             faults.append(Fault(name, RECORD, "its digest is not that of its files"))
         return faults
 
@@ -159,10 +172,13 @@ class Store:
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         (folder / RECORD).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        parent = folder.parent
-        while parent != self.root and parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
-            parent = parent.parent
+        for parent in folder.parents:
+            if parent == self.root:
+                break
+            try:
+                parent.rmdir()
+            except OSError:  # it holds other artifacts
+                break
         return size
 
     def partials(self) -> Iterator[Path]:
@@ -178,9 +194,42 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder.name}: its record can't be read: {error}", "famc build makes it again") from None
-    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+    files = record.get("files") if isinstance(record, dict) else None
+    entries = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in entries):
         raise StoreError(f"{folder.name}: its record is damaged", "famc build makes it again")
-    return record
+    return dict(record)
+
+
+def signed(record: Mapping[str, Any]) -> str:
+    """A record's text: its last word is the hash of all the others."""
+    plain = {key: value for key, value in finite(record).items() if key != SIGNATURE}
+    signature = hashlib.sha256(_text(plain).encode()).hexdigest()
+    return _text({**plain, SIGNATURE: signature}) + "\n"
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+
+
+def finite(value: Any) -> Any:
+    """The value with null for nan and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _faults(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for relative, expected in files.items():
+        path = folder / relative
+        if not path.is_file():
+            yield relative, "is missing"
+        elif path.stat().st_size != expected["bytes"]:
+            yield relative, f"has {path.stat().st_size} bytes, the record says {expected['bytes']}"
+        elif hash_file(path) != expected["sha256"]:
+            yield relative, "has other content than the record says"
 
 
 def output_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -216,7 +265,7 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def _sync_folder(path: Path) -> None:

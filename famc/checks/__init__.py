@@ -1,8 +1,10 @@
-"""What is wrong with a spec once names are followed: every rule a small function, all of them run, all problems told.
+"""What is wrong with a spec once names are followed: every rule a small function, all of them run, all
+problems told.
 
-In: a Spec whose sections are each valid, perhaps with mistakes left out. Out: all problems, those of the reading first.
-names.py: what a name means; graph.py uses it too. shapes.py: sizes, tokenizer, hardware. data.py: sources and mixes.
-stages.py: edges between stages. publish.py: variants, evaluations, exports, gates, release.
+In: a Spec whose sections are each valid, perhaps with mistakes left out. Out: all problems, those of the
+reading first. names.py: what a name means; graph.py uses it too. shapes.py: sizes, tokenizer, hardware.
+data.py: sources and mixes. stages.py: edges between stages. publish.py: variants, evaluations, exports,
+gates, release.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ RULES: tuple[Rule, ...] = (
     shapes.tokenizer,
     shapes.backends,
     data.sources,
+    data.files,
     data.recipes,
     data.mixes,
     stages.references,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from famc.checks.names import MODELS, known, model_ref, unknown
+from famc.checks.names import MODELS, known, model_ref, spec_files, unknown
 from famc.checks.shapes import path_fault
 from famc.errors import did_you_mean
 from famc.spec.family import Family, Mix, Source
 from famc.spec.load import Spec
 from famc.spec.text import Path
-from famc.spec.words import Fault
+from famc.spec.words import Fault, label, word
 from famc.steps.corpus import FILTERS, RECIPES, recipe
 from famc.steps.mixes import PYSTDLIB_FORMATS, SYNTH, format_of
 
@@ -105,14 +105,35 @@ def _circles(family: Family) -> Iterator[Fault]:
             )
 
 
+def files(spec: Spec) -> Iterator[Fault]:
+    """Local files that can't be read."""
+    found: list[tuple[Path, str | None]] = [
+        (("data", "sources", name, "path"), source.path) for name, source in spec.family.data.sources.items()
+    ]
+    found.append((("tokenizer", "adopt"), spec.family.tokenizer.adopt))
+    found += [
+        (("stages", name, "path"), getattr(stage, "path", None)) for name, stage in spec.family.stages.items()
+    ]
+    for path, written in found:
+        if written is None or path_fault(spec, written):
+            continue
+        try:
+            spec_files(spec).listing(spec.folder / written)
+        except OSError as error:
+            yield Fault(path, f"{label(path)}: {word(error.filename)} can't be read: {error.strerror}")
+        except ValueError as error:
+            yield Fault(path, f"{label(path)}: {error}")
+
+
 def recipes(spec: Spec) -> Iterator[Fault]:
     """Filters and their parameters."""
     for name, steps in spec.family.data.clean.items():
-        for index, message, word in recipe(steps)[1]:
+        for index, message, wrong in recipe(steps)[1]:
             known_words = FILTERS if message.startswith("unknown filter") else ()
             if message.startswith("unknown key"):
                 known_words = FILTERS[message.split("'")[-2]].defaults  # type: ignore[assignment]  # a mapping by name too
-            hint = did_you_mean(word[:200], known_words) if word else "for example - length: {min: 20}"
+            shown = "for example length: {min: 20}" if message.startswith("a filter is") else ""
+            hint = did_you_mean(wrong[:200], known_words) if wrong else shown
             yield Fault(("data", "clean", name, index), f"data.clean.{name}: {message}", hint)
 
 
@@ -125,17 +146,17 @@ def mixes(spec: Spec) -> Iterator[Fault]:
             yield Fault(
                 ("data", "mixes", name), f"data.mixes.{name}: a source has the same name", hint, key=True
             )
-        yield from _mix(spec, ("data", "mixes", name), f"data.mixes.{name}", mix)
+        yield from one_mix(spec, ("data", "mixes", name), f"data.mixes.{name}", mix)
     for name, stage in family.stages.items():
         data = getattr(stage, "data", None)
         if isinstance(data, Mix):
-            yield from _mix(spec, ("stages", name, "data"), f"stages.{name}.data", data)
+            yield from one_mix(spec, ("stages", name, "data"), f"stages.{name}.data", data)
             if f"{name}.data" in family.data.mixes:
                 message = f"data.mixes.{name}.data: the mix in stages.{name} has this name"
                 yield Fault(("data", "mixes", f"{name}.data"), message, "call it something else", key=True)
 
 
-def _mix(spec: Spec, path: Path, label: str, mix: Mix) -> Iterator[Fault]:
+def one_mix(spec: Spec, path: Path, label: str, mix: Mix) -> Iterator[Fault]:
     family = spec.family
     formats: dict[str, str] = {}
     for key, weight in mix.weights.items():

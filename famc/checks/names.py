@@ -1,7 +1,7 @@
 """What the names of a spec mean, and how to say that one means nothing.
 
-In: a Spec whose sections are each valid, perhaps with mistakes left out. A name whose entry was left out is known all the
-same: its mistake was told where it stands, and is not told again wherever it is used.
+In: a Spec whose sections are each valid, perhaps with mistakes left out. A name whose entry was left out
+is known all the same: its mistake was told where it stands, and is not told again wherever it is used.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def unknown(
     sections, extra = tuple(sections), tuple(extra)
     if name in extra or known(spec, name, *sections):
         return
-    names = [n for where in sections for n in section(spec, where)]
+    names = [n for s in sections for n in section(spec, s) if (*s.split("."), n) not in spec.dropped]
     yield Fault(path, f"{message} '{word(name)}'", did_you_mean(name[:200], (*names, *extra)), key=key)
 
 
@@ -106,7 +106,7 @@ class Names:
         self.family: Family = spec.family
         self.files = files or spec_files(spec)
 
-    # --- models ------------------------------------------------------------------------------------------------------
+    # --- models ---------------------------------------------------------------------------------------------
 
     def stage_of(self, variant: str, size: str) -> str:
         """The stage behind a variant at a size. The checks have made sure that there is one."""
@@ -115,7 +115,9 @@ class Names:
         return stage
 
     def target(self, ref: str, size: str) -> tuple[str, str] | None:
-        """(size, stage) that `stage`, `variant`, `stage@size` or `variant@size` means at a size; None if there is none."""
+        """(size, stage) that `stage`, `variant`, `stage@size` or `variant@size` means at a size; None if
+        there is none.
+        """
         name, at = split_ref(ref, size)
         stage = name if name in self.family.stages else None
         if stage is None and name in self.family.variants:
@@ -123,7 +125,9 @@ class Names:
         return (at, stage) if stage in self.family.stages and at in self.family.sizes else None
 
     def backend(self, address: str) -> str | None:
-        """The backend that `place` gives a step: the first glob that matches, else the default, else the first backend."""
+        """The backend that `place` gives a step: the first glob that matches, else the default, else the
+        first backend.
+        """
         for pattern, backend in self.family.place.items():
             if pattern != "default" and fnmatch.fnmatchcase(address, pattern):
                 return backend
@@ -168,10 +172,12 @@ class Names:
                 current = next((s for s in made if s), None)
         return chain
 
-    # --- data --------------------------------------------------------------------------------------------------------
+    # --- data -----------------------------------------------------------------------------------------------
 
     def mix_of(self, stage: str, data: str | Mix) -> tuple[str, Mix, str]:
-        """(name, mix, format) that a stage's `data` means: a mix, a source as it is, or a mix written in place."""
+        """(name, mix, format) that a stage's `data` means: a mix, a source as it is, or a mix written in
+        place.
+        """
         mixes, sources = self.family.data.mixes, self.family.data.sources
         if isinstance(data, Mix):
             name, mix = f"{stage}.data", data
@@ -211,7 +217,7 @@ class Names:
         """Rows of every embedding of the family."""
         return vocab_rows(self.family)
 
-    # --- evaluations -------------------------------------------------------------------------------------------------
+    # --- evaluations ----------------------------------------------------------------------------------------
 
     @cached_property
     def suites(self) -> tuple[str, ...]:
@@ -237,7 +243,7 @@ class Names:
         return tuple(dict.fromkeys(found))
 
     def default_data(self, suite: str, task: str) -> str | None:
-        """The source that a task reads when the spec names none: what the suite's variants were trained on."""
+        """The source that a task reads when the spec names none: what its variants were trained on."""
         wanted = others.FORMATS.get(task)
         if wanted is None:
             return None
@@ -254,7 +260,7 @@ class Names:
                     if data is not None:
                         _, mix, fmt = self.mix_of(ancestor, data)
                         if fmt == wanted:
-                            return next(iter(mix.weights)).partition(".")[0]
+                            return next(iter(mix.weights)).partition(".")[0] if mix.weights else None
         return None
 
     def template(self) -> tuple[str | None, tuple[str, ...]]:

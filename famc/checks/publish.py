@@ -15,6 +15,7 @@ from famc.cost.shape import Shape
 from famc.errors import did_you_mean
 from famc.spec.family import Export, Gate, Target
 from famc.spec.load import Spec
+from famc.spec.quantity import show_bytes
 from famc.spec.text import Path
 from famc.spec.words import Fault
 from famc.steps import others
@@ -87,8 +88,8 @@ def evals(spec: Spec) -> Iterator[Fault]:
                     at, f"evals.{suite}: '{task.task}' brings its own data", "remove 'data'", key=True
                 )
             elif format_of(source) != wanted:
-                message = f"evals.{suite}: '{task.task}' reads {wanted}, '{task.data}' is of format '{format_of(source)}'"
-                yield Fault(at, message)
+                given = f"'{task.data}' is of format '{format_of(source)}'"
+                yield Fault(at, f"evals.{suite}: '{task.task}' reads {wanted}, {given}")
             elif source.heldout.fraction == 0:
                 message = f"evals.{suite}: '{task.data}' keeps nothing back (heldout.fraction is 0)"
                 yield Fault(at, message, "evaluations read the held-out part")
@@ -98,6 +99,7 @@ def exports(spec: Spec) -> Iterator[Fault]:
     """Variants, sizes and options of each export."""
     family = spec.family
     made: dict[tuple[str, str, str], tuple[int, Export]] = {}
+    told: set[tuple[int, int]] = set()
     for index, export in enumerate(family.exports):
         path: Path = ("exports", index)
         label = f"exports.{index}"
@@ -120,22 +122,41 @@ def exports(spec: Spec) -> Iterator[Fault]:
             yield from unknown(
                 spec, (*path, "target"), f"{label}: unknown target", target, ("targets",), BUILTIN_TARGETS
             )
-        whole = not (spec.touched("variants") or spec.touched("sizes") or spec.touched("groups"))
         pairs = [
             (s, v) for v in export.variants if v in family.variants for s in family.sizes_of(export.sizes)
         ]
         pairs = [(s, v) for s, v in pairs if family.stage_of(v, s) is not None]
-        if not pairs and export.variants and whole and all(v in family.variants for v in export.variants):
+        if not pairs and export.variants and _sound(spec):
             message = f"{label} makes nothing: {' and '.join(export.variants)} is not made at these sizes"
             yield Fault(path, message, "see variants.*.sizes")
         for size, variant in pairs:
             for quant in quants(export):
-                known = made.setdefault((size, variant, f"{export.format}-{quant}"), (index, export))
-                if known[0] != index and known[1].model_copy(
-                    update={"variants": (), "sizes": ()}
-                ) != export.model_copy(update={"variants": (), "sizes": ()}):
-                    message = f"{label}: {size}/{variant} as {export.format} {quant} is made by exports.{known[0]} already, in another way"
-                    yield Fault((*path, "format"), message, "leave one of them out")
+                other, first = made.setdefault((size, variant, f"{export.format}-{quant}"), (index, export))
+                if other != index and (index, other) not in told and _way(first) != _way(export):
+                    told.add((index, other))
+                    what = f"{size}/{variant} as {export.format} {quant}"
+                    what += f" is made by exports.{other} already, in another way"
+                    yield Fault((*path, "format"), f"{label}: {what}", "leave one of them out")
+
+
+def _way(export: Export) -> tuple[object, ...]:
+    """What makes two exports of one format different."""
+    return (export.block_size, export.calibrate)
+
+
+def _sound(spec: Spec) -> bool:
+    """Whether it is known what is published and exported: all names there mean something, and nothing was
+    left out.
+    """
+    family = spec.family
+    if any(spec.touched(section) for section in ("sizes", "groups", "variants", "exports")):
+        return False
+    places = {"all", *family.sizes, *family.groups}
+    wanted = [v.sizes for v in family.variants.values()] + [e.sizes for e in family.exports]
+    listed = {name for sizes in wanted for name in ((sizes,) if isinstance(sizes, str) else sizes)}
+    return listed <= places and all(
+        v in family.variants for export in family.exports for v in export.variants
+    )
 
 
 def quants(export: Export) -> tuple[str, ...]:
@@ -200,7 +221,8 @@ def targets(spec: Spec) -> Iterator[Fault]:
                         near = ", ".join(
                             f"{f} {q}" for (f, q), a in others.EXPORTS.items() if shape.arch in a
                         )
-                        what = f"{export.format} {quant} does not support architecture '{shape.arch}' (size {size})"
+                        what = f"{export.format} {quant} does not support"
+                        what += f" architecture '{shape.arch}' (size {size})"
                         yield Fault(
                             ("exports", index, "format"), f"exports.{index}: {what}", f"supported: {near}"
                         )
@@ -227,8 +249,8 @@ def _fits(
     }
     largest = max(fits, key=lambda n: fits[n]) if fits else None
     hint = f"the largest size that fits is {largest}" if largest else "no size of the family fits"
-    have = f"target '{name}' has {target.memory / 1e9:.3g} GB"
-    message = f"exports.{index}: {size} as {what} needs {needed / 1e9:.3g} GB, {have}"
+    have = f"target '{name}' has {show_bytes(target.memory)}"
+    message = f"exports.{index}: {size} as {what} needs {show_bytes(needed)}, {have}"
     yield Fault(("exports", index, "target"), message, hint)
 
 
@@ -297,7 +319,7 @@ def _metric(path: Path, label: str, metric: str, *, key: bool) -> Iterator[Fault
 def matches(spec: Spec) -> Iterator[Fault]:
     """Gates whose glob matches nothing: a misspelt gate must not pass for a gate that holds."""
     family = spec.family
-    if any(spec.touched(section) for section in ("sizes", "groups", "variants", "exports")):
+    if not _sound(spec):
         return
     published = [(s, v) for v, one in family.variants.items() for s in family.sizes_of(one.sizes)]
     exported = [

@@ -9,7 +9,6 @@ from famc.backend import UnknownAccelerator, load_accelerator
 from famc.checks.names import DATA, Names, safe_text, unknown
 from famc.errors import did_you_mean
 from famc.spec.load import Spec
-from famc.spec.text import Path
 from famc.spec.words import Fault
 from famc.steps.mixes import format_of
 from famc.steps.shapes import shape_of
@@ -44,12 +43,10 @@ def sizes(spec: Spec) -> Iterator[Fault]:
             if text.startswith(("unknown architecture", "architecture")):
                 yield Fault(("arch", "type"), f"arch.type: {text}", hint)
                 break
-            place: Path = (
-                ("arch", "head_dim")
-                if text.startswith("head_dim") and family.arch.head_dim
-                else ("sizes", name)
-            )
-            yield Fault(place, f"sizes.{name}: {text}", hint, key=place[0] == "sizes")
+            if text.startswith("head_dim") and family.arch.head_dim:
+                yield Fault(("arch", "head_dim"), f"arch.{text}", hint)
+                break
+            yield Fault(("sizes", name), f"sizes.{name}: {text}", hint, key=True)
     for group, members in family.groups.items():
         if group in family.sizes or group == "all":
             hint = "call the group something else"
@@ -76,7 +73,8 @@ def tokenizer(spec: Spec) -> Iterator[Fault]:
     if t.train_on is not None:
         yield from _learns_from(spec, t.train_on.mix)
     if t.vocab and family.arch.vocab_pad and t.vocab > family.arch.vocab_pad:
-        message = f"tokenizer.vocab: {t.vocab} entries do not fit the {family.arch.vocab_pad} rows of arch.vocab_pad"
+        rows = f"the {family.arch.vocab_pad} rows of arch.vocab_pad"
+        message = f"tokenizer.vocab: {t.vocab} entries do not fit {rows}"
         yield Fault(("tokenizer", "vocab"), message, "raise vocab_pad")
     chat = [name for name, stage in family.stages.items() if stage.kind in CHAT]
     if chat and t.adopt and not t.chat_template and path_fault(spec, t.adopt) is None:
@@ -114,8 +112,10 @@ def _learns_from(spec: Spec, mix: str) -> Iterator[Fault]:
         if format_of(source) in ("image_text", "audio_text") and not spec.touched("data", "sources", name):
             yield Fault(path, f"tokenizer.train_on.mix: '{name}' holds no text")
         if source.by is not None:
-            message = f"tokenizer.train_on.mix: '{name}' is made by a model, and every model needs the tokenizer first"
-            yield Fault(path, message, "learn from sources that no model makes")
+            why = "is made by a model, and every model needs the tokenizer first"
+            yield Fault(
+                path, f"tokenizer.train_on.mix: '{name}' {why}", "learn from sources that no model makes"
+            )
 
 
 def path_fault(spec: Spec, written: str) -> str | None:

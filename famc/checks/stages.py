@@ -1,11 +1,13 @@
-"""Stages: what they start from, read and learn from; that no step needs itself; that contexts and batches fit."""
+"""Stages: what they start from, read and learn from; that no step needs itself; that contexts and batches
+fit.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 
-from famc.checks.data import _mix
+from famc.checks.data import one_mix
 from famc.checks.names import DATA, SIZES, Names, model_ref, split_ref, unknown
 from famc.checks.shapes import path_fault
 from famc.errors import did_you_mean
@@ -97,19 +99,18 @@ def _reads(spec: Spec, path: Path, label: str, kind: str, data: str | Mix) -> It
         yield from unknown(spec, path, f"{label}.data: no mix or source is called", data, DATA)
     mix = data if isinstance(data, Mix) else family.data.mixes.get(data)
     allowed = FORMATS.get(kind, ())
-    for key in mix.weights if mix else (data,) if isinstance(data, str) else ():
-        source = family.data.sources.get(key.partition(".")[0])
-        if (
-            source is None
-            or spec.touched("data", "sources", key.partition(".")[0])
-            or format_of(source) in allowed
-        ):
-            continue
-        shown = data if isinstance(data, str) else key
-        message = f"{label}.data: '{shown}' is of format '{format_of(source)}', kind '{kind}' reads {' or '.join(allowed)}"
+    names = [k.partition(".")[0] for k in mix.weights] if mix else [data] if isinstance(data, str) else []
+    found = {n: format_of(family.data.sources[n]) for n in names if n in family.data.sources}
+    if len(set(found.values())) != 1 or any(spec.touched("data", "sources", n) for n in names):
+        return  # a mixture of formats is told at the mix
+    written = next(iter(found.values()))
+    if written not in allowed:
+        shown = data if isinstance(data, str) else next(iter(found))
+        message = (
+            f"{label}.data: '{shown}' is of format '{written}', kind '{kind}' reads {' or '.join(allowed)}"
+        )
         fitting = [n for n, s in family.data.sources.items() if format_of(s) in allowed]
         yield Fault(path, message, f"for example {fitting[0]}" if fitting else "")
-        return
 
 
 def budgets(spec: Spec) -> Iterator[Fault]:
@@ -124,8 +125,10 @@ def budgets(spec: Spec) -> Iterator[Fault]:
         context = stage.context or family.arch.context
         if stage.batch_tokens and stage.batch_tokens % context:
             near = max(1, round(stage.batch_tokens / context)) * context
-            message = f"stages.{name}.batch_tokens: {stage.batch_tokens} is not a whole number of rows of {context} tokens"
-            yield Fault((*path, "batch_tokens"), message, f"for example {near}")
+            message = f"{stage.batch_tokens} is not a whole number of rows of {context} tokens"
+            yield Fault(
+                (*path, "batch_tokens"), f"stages.{name}.batch_tokens: {message}", f"for example {near}"
+            )
         reach = family.arch.context
         for ancestor in reversed(names.lineage(name)):
             one = family.stages[ancestor]
@@ -166,15 +169,17 @@ def overrides(spec: Spec) -> Iterator[Fault]:
             if "data" in values and view.data is not None:
                 yield from _reads(spec, (*path, "data"), f"{label}.{key}", stage.kind, view.data)
                 if isinstance(view.data, Mix):
-                    yield from _mix(spec, (*path, "data"), f"{label}.{key}.data", view.data)
+                    yield from one_mix(spec, (*path, "data"), f"{label}.{key}.data", view.data)
             if "teacher" in values and isinstance(view, Distill):
                 yield from model_ref(spec, view.teacher, (*path, "teacher"), f"{label}.{key}.teacher")
             context = view.context or family.arch.context
             uneven = view.batch_tokens and view.batch_tokens % context
             if uneven and {"batch_tokens", "context"} & set(values) and not spec.touched("arch"):
                 where = "batch_tokens" if "batch_tokens" in values else "context"
-                message = f"{label}.{key}: {view.batch_tokens} batch tokens are not a whole number of rows of {context} tokens"
-                yield Fault((*path, where), message, "make one a multiple of the other")
+                message = (
+                    f"{view.batch_tokens} batch tokens are not a whole number of rows of {context} tokens"
+                )
+                yield Fault((*path, where), f"{label}.{key}: {message}", "make one a multiple of the other")
 
 
 def edges(spec: Spec) -> Iterator[Fault]:
@@ -226,9 +231,9 @@ class _Search:
         if start in self.state:
             return
         self.state[start] = "open"
-        stack = [(start, iter(self.edges(start)))]
+        stack: list[tuple[Step, Path, Iterator[Edge]]] = [(start, (), iter(self.edges(start)))]
         while stack:
-            step, rest = stack[-1]
+            step, _, rest = stack[-1]
             edge = next(rest, None)
             if edge is None:
                 self.state[step] = "done"
@@ -239,14 +244,14 @@ class _Search:
             if to is None:
                 yield from self.not_made(ref, size, path)
             elif self.state.get(to) == "open":
-                yield from self.circle([s for s, _ in stack], to, path)
+                yield from self.circle([(s, p) for s, p, _ in stack], to, path)
             elif to not in self.state:
                 if len(stack) >= LONGEST:
                     message = f"stages.{step[1]}: more than {LONGEST} stages one after the other"
                     yield from self.once("long", Fault(path, message, "cut the chain"))
                     continue
                 self.state[to] = "open"
-                stack.append((to, iter(self.edges(to))))
+                stack.append((to, path, iter(self.edges(to))))
 
     def not_made(self, ref: str, size: str, path: Path) -> Iterator[Fault]:
         """A variant without a stage at a size; a name that means nothing is told elsewhere."""
@@ -260,24 +265,23 @@ class _Search:
             and at in self.family.sizes
             and whole
         ):
-            if self.family.stage_of(name, at) is not None:
-                return
+            if at in self.family.sizes_of(self.family.variants[name].sizes):
+                return  # without a stage there, which is told at the variant
             made = [s for s in self.family.sizes if self.family.stage_of(name, s)]
             label = ".".join(str(p) for p in path)
             message = f"{label}: variant '{name}' is not made at size '{at}'"
             yield from self.once((path, at), Fault(path, message, f"it is made at {', '.join(made)}"))
 
-    def circle(self, chain: list[Step], to: Step, path: Path) -> Iterator[Fault]:
-        loop = chain[chain.index(to) :]
-        names = [f"{size}/{stage}" for size, stage in loop]
+    def circle(self, chain: list[tuple[Step, Path]], to: Step, path: Path) -> Iterator[Fault]:
+        loop = chain[[step for step, _ in chain].index(to) :]
+        names = [f"{size}/{stage}" for (size, stage), _ in loop]
         if len(loop) == 1 and path[-1] == "from" and self.family.stages[to[1]].from_ == to[1]:
             return  # told where stages are checked
-        data = path[0] == "data"
-        what = "data is needed before the step that makes it" if data else "a step would need itself"
-        hint = f"cut it at '{path[-1]}'"
-        yield from self.once(
-            frozenset(s for _, s in loop), Fault(path, f"{what}: {' <- '.join([*names, names[0]])}", hint)
-        )
+        made = next((p for p in (path, *(p for _, p in loop[1:])) if p[0] == "data"), None)
+        what = "data is needed before the step that makes it" if made else "a step would need itself"
+        shown = f"{what}: {' <- '.join([*names, names[0]])}"
+        mark = made or frozenset(stage for (_, stage), _ in loop)
+        yield from self.once(mark, Fault(made or path, shown, f"cut it at '{(made or path)[-1]}'"))
 
     def once(self, mark: object, fault: Fault) -> Iterator[Fault]:
         if mark not in self.told:

@@ -5,6 +5,7 @@ In: the events of run.py; running jobs' metrics files are polled. Out: text on a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -14,8 +15,12 @@ from typing import Any, TextIO
 
 from famc.plan import Plan
 from famc.report.tables import show_seconds
+from famc.store import finite
 
-_KEEP = ("loss", "bits_per_byte", "answer_loss", "chrf", "preference_accuracy", "kl", "perplexity_ratio", "bytes_per_token", "tokens_per_second")
+_KEEP = (
+    "loss", "bits_per_byte", "answer_loss", "chrf", "preference_accuracy", "kl", "perplexity_ratio", "bytes_per_token",
+    "tokens_per_second",
+)  # fmt: skip
 
 
 class Lines:
@@ -30,7 +35,8 @@ class Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stream.flush()
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -40,7 +46,8 @@ class Lines:
             return  # the end of the build counts what was skipped
         text = describe(event)
         clock = f"[{time.monotonic() - self.started:6.1f}s {self.count:>3}/{len(self.plan.to_run)}]"
-        print(f"{clock} {text}", file=self.stream, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads any more: the build goes on
+            print(f"{clock} {text}", file=self.stream, flush=True)
 
 
 def describe(event: dict[str, Any]) -> str:
@@ -113,11 +120,12 @@ class Events:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stream.flush()
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        with self.lock:
-            print(json.dumps(event, ensure_ascii=False), file=self.stream, flush=True)
+        with self.lock, contextlib.suppress(OSError):
+            print(json.dumps(finite(event), ensure_ascii=False), file=self.stream, flush=True)
 
 
 def last_progress(path: Path) -> dict[str, Any] | None:
@@ -125,12 +133,16 @@ def last_progress(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
-            file.seek(max(0, file.tell() - 2048))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-        result: dict[str, Any] = json.loads(lines[-1])
-        return result
-    except (OSError, ValueError, IndexError):
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except OSError:
         return None
+    for line in reversed(lines[:-1]):  # what follows the last line end is being written
+        with contextlib.suppress(ValueError):
+            result = json.loads(line)
+            if isinstance(result, dict) and {"done", "total"} <= result.keys():
+                return result
+    return None
 
 
 def view(plan: Plan, *, quiet: bool, stream: TextIO | None = None) -> Lines:

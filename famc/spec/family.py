@@ -1,7 +1,9 @@
-"""What a user may write: one frozen model a section of the YAML. Pure declarations; load.py turns text into them.
+"""What a user may write: one frozen model a section of the YAML. Pure declarations; load.py turns text into
+them.
 
-Unknown keys are errors everywhere. Stages are declared in famc/steps (one file a kind); here stands what they share.
-Nothing here bears identity by itself: graph.py hands each step the values that can change its output, and only those.
+Unknown keys are errors everywhere. Stages are declared in famc/steps (one file a kind); here stands what
+they share. Nothing here bears identity by itself: graph.py hands each step the values that can change its
+output, and only those.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ Some = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v
 
 
 class Strict(BaseModel):
-    """Frozen; a key that isn't declared is an error, and so is a value of another type (`true` is no number)."""
+    """Frozen; an undeclared key is an error, and so is a value of another type: `true` is no number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -323,7 +325,9 @@ class Family(Strict):
     profiles: dict[Name, dict[str, Any]] = Field({}, description="named sets of overrides: path -> value")
 
     def sizes_of(self, wanted: str | tuple[str, ...]) -> tuple[str, ...]:
-        """Sizes that `all`, a group, or a list of sizes and groups means, in the spec's order. Unknown names are left out."""
+        """Sizes that `all`, a group, or a list of sizes and groups means, in the spec's order. Unknown names
+        are left out.
+        """
         names = (wanted,) if isinstance(wanted, str) else wanted
         chosen: set[str] = set()
         for name in names:

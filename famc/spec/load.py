@@ -1,7 +1,8 @@
 """A file -> Spec: the family, the place of every value, who set it, and all that is wrong so far.
 
-In: a file, the table of kinds, a profile's name, `--set` values. Out: Spec. `draft` goes on past mistakes and keeps them
-in `Spec.problems`, so that those which following names brings to light (famc.checks) are told together; `load` raises.
+In: a file, the table of kinds, a profile's name, `--set` values. Out: Spec. `draft` goes on past mistakes
+and keeps them in `Spec.problems`, so that those which following names brings to light (famc.checks) are
+told together; `load` raises.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Spec", "draft", "drafts", "load", "loads", "merge", "rehearsal"]
 
 @dataclass(frozen=True)
 class Spec:
-    """A family with the places of its values; `origins` says who set a path: the file, a profile, or --set."""
+    """A family with the places of its values; `origins` says who set a path: file, profile, --set."""
 
     family: Family
     document: Document
@@ -40,15 +41,21 @@ class Spec:
         return self.document.problem(path, message, hint, key=key)
 
     def origin(self, path: Path) -> str | None:
-        """Who set the value at a path: `pydoc.yaml:12`, `profile quick`, `--set …`; None where it is a default."""
+        """Who set the value at a path: `pydoc.yaml:12`, `profile quick`, `--set …`; None where it is a
+        default.
+        """
         for end in range(len(path), 0, -1):
             if path[:end] in self.origins:
                 return self.origins[path[:end]]
-        place = self.document.values.get(path) or self.document.keys.get(path)
+        at = self.document
+        places = (at.values.get(path[:end]) or at.keys.get(path[:end]) for end in range(len(path), 2, -1))
+        place = next((p for p in places if p), None) or at.values.get(path) or at.keys.get(path)
         return f"{pathlib.Path(place.file).name}:{place.line}" if place else None
 
     def touched(self, *path: str | int) -> bool:
-        """Whether something at, below or around a path was left out: what is there now is not what was written."""
+        """Whether something at, below or around a path was left out: what is there now is not what was
+        written.
+        """
         return any(path[: len(known)] == known or known[: len(path)] == path for known in self.dropped)
 
 

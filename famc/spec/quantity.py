@@ -1,4 +1,6 @@
-"""Amounts as people write them: `30T` tokens, `20GB`, `16k`. In: text or number. Out: int. Bad text: ValueError."""
+"""Amounts as people write them: `30T` tokens, `20GB`, `16k`. In: text or number. Out: int. Bad text:
+ValueError.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,8 @@ def _parse(value: Any, units: dict[str, int], example: str) -> int:
         raise ValueError(f"expected an amount such as {example}, not {_short(value)}")
     unit = match[2].lower() if match else ""
     if unit and unit not in units:
-        raise ValueError(
-            f"unknown unit '{match[2] if match else unit}' in {_short(value)}: use {', '.join(u for u in units if u)}"
-        )
+        written, known = match[2] if match else unit, ", ".join(u for u in units if u)
+        raise ValueError(f"unknown unit '{written}' in {_short(value)}: use {known}")
     amount = Decimal(match[1] if match else str(value)) * units.get(unit, 1)
     if amount < 0:
         raise ValueError(f"must be at least 0, not {_short(value)}")

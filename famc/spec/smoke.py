@@ -1,7 +1,8 @@
 """`--smoke`: the same graph with 2-layer models and a few steps, to rehearse a build before money is spent.
 
-In: a sound family. Out: (path, value) pairs to lay over its document. Sizes, budgets and samples shrink; names, edges,
-kinds and formats stay. What is adopted can't shrink: a tokenizer keeps its rows, a checkpoint the shape of its sizes.
+In: a sound family. Out: (path, value) pairs to lay over its document. Sizes, budgets and samples shrink;
+names, edges, kinds and formats stay. What is adopted can't shrink: a tokenizer keeps its rows, a
+checkpoint the shape of its sizes.
 """
 
 from __future__ import annotations

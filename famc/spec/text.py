@@ -1,7 +1,9 @@
-"""YAML text -> plain values, and the place of each. In: text. Out: Document and problems. YAML 1.2, no tags, no objects.
+"""YAML text -> plain values, and the place of each. In: text. Out: Document and problems. YAML 1.2, no tags,
+no objects.
 
-`3e-4` is a number, `no` is a string, duplicate keys are errors. Anchors work; a document that they blow up is refused.
-The text is only composed (ruamel's node tree): nothing is constructed but str, int, float, bool, None, dict and list.
+`3e-4` is a number, `no` is a string, duplicate keys are errors. Anchors work; a document that they blow up
+is refused. The text is only composed (ruamel's node tree): nothing is constructed but str, int, float,
+bool, None, dict and list.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from famc.errors import Problem, SpecError, Where, did_you_mean
 
 Path = tuple[str | int, ...]
-MAX_BYTES = 120_000  # a spec is a page or two, not a data set
-MAX_NODES = 50_000  # ... and an alias bomb is no spec
+MAX_BYTES = 64_000  # a spec is a page or two, not a data set
+MAX_NODES = 20_000  # ... and an alias bomb is no spec
 MAX_DEPTH = 40
 # sections of the whole spec, and those whose entries users name
 SECTIONS = (
-    "famc", "family", "arch", "sizes", "groups", "tokenizer", "data", "stages", "variants", "evals", "exports", "gates",
-    "targets", "backends", "place", "release", "profiles",
+    "famc", "family", "arch", "sizes", "groups", "tokenizer", "data", "stages", "variants", "evals",
+    "exports", "gates", "targets", "backends", "place", "release", "profiles",
 )  # fmt: skip
 NAMED: frozenset[Path] = frozenset(
     {(s,) for s in ("sizes", "groups", "stages", "variants", "evals", "targets", "backends", "profiles")}
@@ -57,7 +59,7 @@ class Document:
 
     def problem(self, path: Path, message: str, hint: str = "", *, key: bool = False) -> Problem:
         """A problem at a path."""
-        return Problem(self.where(path, key=key), message, hint)
+        return Problem(self.where(path, key=key), _one_line(message), _one_line(hint))
 
     def at(self, path: Path) -> Any:
         """The value at a path; None where there is none."""
@@ -72,8 +74,13 @@ class Document:
         return value
 
 
+def _one_line(text: str) -> str:
+    """A user's words may hold line ends; a message may not."""
+    return " ".join(text.splitlines()) if len(text.splitlines()) > 1 else text
+
+
 def parse(text: str, file: str) -> tuple[Document, list[Problem]]:
-    """YAML text -> Document and what is wrong in it. Raises SpecError where there is nothing to go on with."""
+    """YAML text -> Document, and what is wrong in it. Raises SpecError where nothing is left to read."""
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
         raise _stop(
@@ -305,7 +312,9 @@ def scalar(text: str, where: Where) -> Any:
 
 
 def assign(document: Document, target: str, value: Any, where: Where) -> Path | Problem:
-    """Put a value at `a.b.c` (names may hold dots; lists take an index). Returns the path, or why there is no way there."""
+    """Put a value at `a.b.c` (names may hold dots; lists take an index). Returns the path, or why there is no
+    way there.
+    """
     parts = target.split(".")
     current: Any = document.data
     path: Path = ()
@@ -320,7 +329,7 @@ def assign(document: Document, target: str, value: Any, where: Where) -> Path | 
                 return Problem(
                     where, f"'{target}': nothing is called '{step}'", did_you_mean(str(step), SECTIONS)
                 )
-            if parts and path in NAMED:
+            if parts and path in NAMED and current:
                 label = ".".join(map(str, path))
                 return Problem(
                     where, f"'{target}': {label} has no '{step}'", did_you_mean(str(step), current)

@@ -1,7 +1,8 @@
-"""Plain values -> Family, and all mistakes in them: what is wrong is told and left out, and the rest read again.
+"""Plain values -> Family, and all mistakes in them: what is wrong is told and left out, and the rest read
+again.
 
-In: a Document. Out: Reading: the family that is left, the problems, and the paths that were left out (`dropped`), so that
-nothing that follows names complains about what stood there.
+In: a Document. Out: Reading: the family that is left, the problems, and the paths that were left out
+(`dropped`), so that nothing that follows names complains about what stood there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from famc.spec.words import Fault, faults, label, word
 Kinds = Mapping[str, type[StageSpec]]
 ROUNDS = 12  # each leaves out one level more: the deepest section has seven
 
-# What stands in for a section, or a member of a list, that had to be left out. `lost` is never seen: its paths are dropped.
+# What stands in for a section, or a member of a list, that had to be left out. `lost` is never seen: its
+# paths are dropped.
 _STAND_IN: dict[str, Any] = {
     "famc": 1,
     "family": {"name": "lost"},
@@ -102,13 +104,14 @@ def _attempt(raw: dict[str, Any], kinds: Kinds) -> tuple[Family | None, list[Fau
 
 def _stage(name: str, value: Any, kinds: Kinds) -> tuple[StageSpec | None, list[Fault]]:
     path: Path = ("stages", name)
+    if value is None:
+        return None, [Fault(path, f"{label(path)} is empty", "write at least its 'kind'", key=True)]
     if not isinstance(value, dict):
-        return None, [
-            Fault(path, f"{label(path)} must be a mapping with a 'kind'", "kinds: " + ", ".join(kinds))
-        ]
+        return None, [Fault(path, f"{label(path)}: expected a mapping with a 'kind'")]
     kind = value.get("kind")
     if kind is None:
-        return None, [Fault(path, f"{label(path)} has no 'kind'", did_you_mean("", kinds), key=True)]
+        hint = did_you_mean("", kinds)
+        return None, [Fault((*path, "kind"), f"{label(path)} needs 'kind'", hint, key=True, missing=True)]
     if not isinstance(kind, str) or kind not in kinds:
         hint = did_you_mean(str(kind), kinds)
         return None, [Fault((*path, "kind"), f"unknown kind '{word(kind)}' in {label(path)}", hint)]
@@ -165,7 +168,9 @@ def _covered(fault: Fault, dropped: set[Path]) -> bool:
 
 
 def _drop(raw: dict[str, Any], path: Path, dropped: set[Path]) -> None:
-    """Leave out what stands at a path; a list keeps its length, and a section that must be there gets a stand-in."""
+    """Leave out what stands at a path; a list keeps its length, and a section that must be there gets a
+    stand-in.
+    """
     inner = any(known[: len(path)] == path and len(known) > len(path) for known in dropped)
     if not _reaches(raw, path[:-1]):
         dropped.add(path)

@@ -1,6 +1,8 @@
-"""Pydantic's errors -> faults: a place in the spec, a sentence in famc's words, and what to leave out to go on.
+"""Pydantic's errors -> faults: a place in the spec, a sentence in famc's words, and what to leave out to go
+on.
 
-The models of family.py say what may stand where; a union's members are told together (`expected text or a list`).
+The models of family.py say what may stand where; a union's members are told together (`expected text or a
+list`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from famc.spec.text import Path
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A mistake at `path`. `missing`: the path is not there; what stands above it goes. `meant`: the key it should be."""
+    """A mistake at `path`. `missing`: the path is not there; what stands above it goes. `meant`: the key it
+    should be.
+    """
 
     path: Path
     message: str
@@ -69,7 +73,9 @@ def faults(error: ValidationError, model: type[BaseModel], prefix: Path) -> list
 
 
 def _locate(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[Path, Path | None, type[BaseModel], bool]:
-    """A location of pydantic's -> (path in the spec, the first union on the way, the model that holds it, is it a key)."""
+    """A location of pydantic's -> (path in the spec, the first union on the way, the model that holds it, is
+    it a key).
+    """
     if loc and loc[-1] == "[key]":
         return (*_locate(model, loc[:-1])[:3], True)
     annotation: Any = model
@@ -169,7 +175,7 @@ def _tell(prefix: Path, path: Path, item: ErrorDetails, owner: type[BaseModel], 
 def _tell_union(
     prefix: Path, at: Path, members: list[tuple[Path, ErrorDetails, type[BaseModel]]]
 ) -> list[Fault]:
-    """What is wrong with a value that may be one of several things: the one that was meant, else all of them."""
+    """What is wrong with a value that may be several things: the one that was meant, else all of them."""
     meant = [m for m in members if m[0] != at or m[1]["type"] not in (*_EXPECTED, "literal_error")]
     if meant:
         return [_tell(prefix, path, item, owner, False) for path, item, owner in meant]

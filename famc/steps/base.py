@@ -135,7 +135,7 @@ class Training(StageSpec):
             reasons[key] = origin(key) or "default"
         for name in Lr.model_fields:
             values[f"lr.{name}"] = getattr(self.lr, name)
-            reasons[f"lr.{name}"] = origin("lr") or "default"
+            reasons[f"lr.{name}"] = origin(f"lr.{name}") or "default"
         for key, fill in self.DEFAULTS.items():
             if values.get(key) is None or values[key] == "scaling_law":
                 values[key], reasons[key] = fill(self, setting)

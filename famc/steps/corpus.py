@@ -1,8 +1,8 @@
 """`corpus`: a source becomes clean documents, split once into train and held-out.
 
-In: files, a hub dataset, the standard library, or a generator (and what it starts from). Out: `train.parquet`,
-`heldout.parquet`, `stats.json` with documents and bytes in, out and dropped by each filter.
-Identity: the files' content, the recipe with every parameter, the split, the seed.
+In: files, a hub dataset, the standard library, or a generator (and what it starts from). Out:
+`train.parquet`, `heldout.parquet`, `stats.json` with documents and bytes in, out and dropped by each
+filter. Identity: the files' content, the recipe with every parameter, the split, the seed.
 """
 
 from __future__ import annotations
@@ -56,10 +56,13 @@ RECIPES: dict[str, tuple[Any, ...]] = {
 
 
 def recipe(steps: tuple[Any, ...]) -> tuple[list[list[Any]], list[tuple[int, str, str]]]:
-    """A recipe as written -> [[filter, parameters], …] with all defaults, and (index, what, word) for each mistake."""
+    """A recipe as written -> [[filter, parameters], …] with all defaults, and (index, what, word) for each
+    mistake.
+    """
     filters: list[list[Any]] = []
     wrong: list[tuple[int, str, str]] = []
     for index, step in enumerate(steps):
+        given: Mapping[str, Any]
         if isinstance(step, str):
             name, given = step, {}
         elif isinstance(step, dict) and len(step) == 1:
@@ -75,8 +78,29 @@ def recipe(steps: tuple[Any, ...]) -> tuple[list[list[Any]], list[tuple[int, str
         for key in given:
             if key not in known:
                 wrong.append((index, f"unknown key '{key}' in filter '{name}'", key))
+            elif expected := _unlike(known[key], given[key]):
+                wrong.append((index, f"'{key}' of filter '{name}': expected {expected}", ""))
         filters.append([name, {**known, **given}])
     return filters, wrong
+
+
+def _unlike(default: Any, value: Any) -> str:
+    """What a parameter should have been, judged by its default; nothing if it is that."""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10**12
+    if isinstance(default, int):
+        least = 1 if default > 0 else 0
+        return "" if number and isinstance(value, int) and value >= least else f"a whole number, at least {least}"
+    if isinstance(default, float):
+        return "" if number else "a number, at least 0"
+    if isinstance(default, str):
+        return "" if isinstance(value, str) else "text"
+    if isinstance(default, list | tuple):
+        return "" if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else "a list of text"
+    if value is None or (isinstance(value, dict) and all(not _unlike(1, v) for v in value.values())):
+        return ""
+    return "a mapping of whole numbers"  # dedup.minhash
 
 
 # Characters and examples of a CPython 3.11; `famc plan` calls them assumed until the step has run.
@@ -97,8 +121,8 @@ def amount(params: Mapping[str, Any]) -> Amount:
     if params.get("bytes"):
         tokens = params["bytes"] / _CHARACTERS_A_TOKEN
         return Amount(tokens * share, tokens / tokens_each * share, "modelled")
-    examples = _HUB[params["format"]]
-    return Amount(examples * tokens_each * share, examples * share, "assumed")
+    usual = _HUB[params["format"]]
+    return Amount(usual * tokens_each * share, usual * share, "assumed")
 
 
 def work(params: Mapping[str, Any]) -> Work:

@@ -1,7 +1,7 @@
 """Local files that a spec names: which they are, how large, and a digest of their content.
 
-The digest bears identity, so it is of bytes, never of times. Times and sizes only save reading a file again: `Files` keeps
-digests by (path, size, mtime) in a cache file.
+The digest bears identity, so it is of bytes, never of times. Times and sizes only save reading a file
+again: `Files` keeps digests by (path, size, mtime) in a cache file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,23 @@ class Listing:
         return len(self.paths)
 
 
+MOST = 20_000  # files of one source: more is a mistake such as `path: /`
+
+
 def expand(pattern: Path) -> tuple[Path, ...]:
-    """A file, the data files below a folder, or the files that a glob matches; sorted."""
+    """A file, the files below a folder, or those that a glob matches; sorted. Too many: ValueError."""
     if pattern.is_file():
         return (pattern,)
-    if pattern.is_dir():
-        found = [p for p in pattern.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(pattern).parts)]
-        return tuple(sorted(found))
-    return tuple(sorted(Path(p) for p in glob.glob(str(pattern), recursive=True) if Path(p).is_file()))  # noqa: PTH207 - absolute patterns
+    found: list[Path] = []
+    folder = pattern.is_dir()
+    below = pattern.rglob("*") if folder else map(Path, glob.iglob(str(pattern), recursive=True))  # noqa: PTH207
+    for seen, path in enumerate(below):
+        if seen > 5 * MOST or len(found) > MOST:
+            raise ValueError(f"more than {MOST:,} files are there: name a smaller folder")
+        hidden = folder and any(part.startswith(".") for part in path.relative_to(pattern).parts)
+        if not hidden and path.is_file():
+            found.append(path)
+    return tuple(sorted(found))
 
 
 class Files:

@@ -1,8 +1,9 @@
-"""`mix`: sources by weight, to an exact number of tokens; documents of evaluations are taken out. And what a source is.
+"""`mix`: sources by weight, to an exact number of tokens; documents of evaluations are taken out. And what a
+source is.
 
-In: clean sources, the tokenizer for text. Out, text: `tokens.npy` (one flat stream, documents ended by <|endoftext|>);
-messages and preferences: `examples.parquet`. Both with `stats.json`.
-Identity: weights, tokens, epochs cap, seed, what is decontaminated against and how.
+In: clean sources, the tokenizer for text. Out, text: `tokens.npy` (one flat stream, documents ended by
+<|endoftext|>); messages and preferences: `examples.parquet`. Both with `stats.json`. Identity: weights,
+tokens, epochs cap, seed, what is decontaminated against and how.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from famc.steps.corpus import FILTERS, RECIPES, recipe
 from famc.steps.files import Files
 from famc.steps.pystdlib_id import fingerprint
 
-# Generators. None has a worker yet: they are planned, and refused by `famc build` before anything starts. Generator -> format.
+# Generators. None has a worker yet: they are planned, and refused by `famc build` before anything starts.
+# Generator -> format.
 SYNTH = {"arithmetic": "prompts", "retrieval_pairs": "pairs", "shapes_vqa": "image_text"}
 PYSTDLIB_FORMATS = {"source": "text", "docs": "text", "questions": "messages", "preferences": "preference"}
 

@@ -96,7 +96,7 @@ TASKS_READY = frozenset({"bits_per_byte", "answers", "preference", "lm_eval"})
 MAIN_METRIC = {"bits_per_byte": "bits_per_byte", "answers": "answer_loss", "preference": "preference_accuracy"}
 HIGHER_IS_BETTER = {
     "bits_per_byte": False, "perplexity": False, "answer_loss": False, "token_accuracy": True, "chrf": True,
-    "exact_match": True, "preference_accuracy": True, "ended": True,
+    "exact_match": True, "preference_accuracy": True, "preference_accuracy_implicit": True, "ended": True,
 }  # fmt: skip
 # examples that an evaluation reads unless told otherwise, and tokens of one
 EVAL_EXAMPLES = {"bits_per_byte": 400, "answers": 100, "preference": 200}

@@ -16,7 +16,9 @@ ENCODERS = ("bert", "modernbert", "t5")  # they come with the retrieval line
 
 
 def vocab_rows(family: Family) -> int:
-    """Rows of the embedding: arch.vocab_pad, else the tokenizer's vocabulary rounded up to 64 (tensor cores, TP)."""
+    """Rows of the embedding: arch.vocab_pad, else the tokenizer's vocabulary rounded up to 64 (tensor cores,
+    TP).
+    """
     if family.arch.vocab_pad:
         return family.arch.vocab_pad
     return -(-(family.tokenizer.vocab or 32000) // 64) * 64

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from famc.errors import StepFailed
 from famc.job import Job
 from famc.work.rows import IGNORE, load_rows
-from famc.work.training import Blend, load_tokenizer, save_model, start_model, train_rows
+from famc.work.training import Blend, attention, load_tokenizer, save_model, start_model, train_rows
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -31,8 +31,11 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
             f"{job.name}: the teacher has {theirs.vocab_size} rows of vocabulary, the student {job.params['shape']['vocab']}",
             "teacher and student must share one tokenizer",
         )
-    teacher = AutoModelForCausalLM.from_pretrained(inputs["teacher"], dtype=torch.float32, local_files_only=True).eval()
-    teacher.requires_grad_(False)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        inputs["teacher"], dtype=torch.float32, local_files_only=True
+    )
+    teacher.set_attn_implementation(attention(int(job.params["context"])))
+    teacher.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     rows = load_rows(inputs["data"], tokenizer, job.params["context"])
     metrics = train_rows(job, model, rows, out, blend=follow(teacher, job))
     save_model(model, inputs["tokenizer"], out, tokenizer)
@@ -44,15 +47,23 @@ def follow(teacher: Any, job: Job) -> Blend:
     alpha, temperature = float(job.params["alpha"]), float(job.params["temperature"])
     kind, bf16 = job.params["loss"], job.precision == "bf16"
 
-    def blend(loss: torch.Tensor, inputs: dict[str, torch.Tensor], logits: torch.Tensor, count: Any) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast("cuda" if logits.is_cuda else "cpu", torch.bfloat16, enabled=bf16):
-            wanted = teacher(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+    def blend(
+        loss: torch.Tensor, inputs: dict[str, torch.Tensor], logits: torch.Tensor, count: Any
+    ) -> torch.Tensor:
+        with (
+            torch.no_grad(),
+            torch.autocast("cuda" if logits.is_cuda else "cpu", torch.bfloat16, enabled=bf16),
+        ):
+            wanted = teacher(
+                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+            ).logits
         kept = inputs["labels"].reshape(-1) != IGNORE
         theirs = wanted.reshape(-1, wanted.shape[-1])
         if not bool(kept.all()):
             theirs, logits = theirs[kept], logits[kept]
         gap = distance(logits.float() / temperature, theirs.float() / temperature, kind).sum() / count
-        return alpha * temperature**2 * gap + (1.0 - alpha) * loss
+        mixed: torch.Tensor = alpha * temperature**2 * gap + (1.0 - alpha) * loss
+        return mixed
 
     return blend
 
@@ -69,4 +80,5 @@ def distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.T
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return (p.exp() * (p - q)).sum(dim=-1)
+    gap: torch.Tensor = (p.exp() * (p - q)).sum(dim=-1)
+    return gap

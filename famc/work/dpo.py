@@ -30,17 +30,30 @@ from famc.work.training import (
 )
 
 
-class WatchPairs(Watch):
-    """Keeps the margins and accuracies that trl logs."""
+class PairTrainer(DPOTrainer):  # type: ignore[misc]  # trl is untyped
+    """DPOTrainer with a loss on the chosen answer: its mean negative log-probability a token, averaged over pairs (RPO,
+    arXiv 2404.19733, eq. 2). trl's own averages over the tokens of a micro-batch, so that its size would change the result.
+    """
 
-    def __init__(self, job: Job, tokens_a_step: float) -> None:
-        super().__init__(job, tokens_a_step)
-        self.rewards: list[dict[str, float]] = []
+    def __init__(self, *args: Any, sft_weight: float, **kwargs: Any) -> None:
+        self.sft_weight = sft_weight
+        super().__init__(*args, **kwargs)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **more: Any) -> None:
-        super().on_log(args, state, control, logs, **more)
-        if logs and "rewards/accuracies" in logs:
-            self.rewards.append({k: float(v) for k, v in logs.items() if k.startswith(("rewards/", "logps/"))})
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.sft_weight:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        seen: list[torch.Tensor] = []
+        hook = model.register_forward_hook(lambda module, given, output: seen.append(output.log_probs))
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        mask = inputs["completion_mask"][:, 1:].chunk(2)[0]
+        chosen = seen[-1][:, -mask.shape[1] :].chunk(2)[0]
+        penalty = -((chosen * mask).sum(1) / mask.sum(1).clamp(min=1)).mean() * self.sft_weight
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -57,12 +70,9 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     disable_progress_bars()
     model = start_model(job, inputs, tokenizer)
     optimizer = make_optimizer(model, params)
-    weights = {"loss_type": [params["loss"], "sft"], "loss_weights": [1.0, params["sft_weight"]]}
-    if not params["sft_weight"]:
-        weights = {"loss_type": [params["loss"]], "loss_weights": [1.0]}
     config = DPOConfig(
         **arguments(job, out, steps=steps, batch=batch) | {"gradient_checkpointing": job.recompute == "full"},
-        **weights,
+        loss_type=[params["loss"]],
         beta=params["beta"],
         max_length=params["context"],
         precompute_ref_log_probs=True,
@@ -70,26 +80,31 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         train_sampling_strategy="sequential",
         activation_offloading=False,
     )
-    watch = WatchPairs(job, float(batch * params["context"]))
+    watch = Watch(job, float(batch * params["context"]))
     # the pairs of the whole run, in order: pass after pass, so that step n reads the same pairs after a kill
     data = Dataset.from_list([pairs[i] for i in order])
-    trainer = DPOTrainer(
+    trainer = PairTrainer(
         model=model,
         args=config,
         train_dataset=data,
         processing_class=tokenizer,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params, steps))),
         callbacks=[watch],
+        sft_weight=float(params["sft_weight"]),
     )
     metrics = run_trainer(trainer, out, watch, tokens=float(steps * batch * 2 * params["context"]))
     save_model(trainer.model, inputs["tokenizer"], out, tokenizer)
-    tail = watch.rewards[-5:]
+    tail = [entry for entry in trainer.state.log_history if "rewards/accuracies" in entry][-5:]
     return {
         **metrics,
         "pairs": len(pairs),
         "steps": steps,
         "beta": params["beta"],
-        **{name: round(sum(r[key] for r in tail) / len(tail), 5) for name, key in _REPORTED.items() if tail and key in tail[0]},
+        **{
+            name: round(sum(r[key] for r in tail) / len(tail), 5)
+            for name, key in _REPORTED.items()
+            if tail and key in tail[0]
+        },
         **length_bias(pairs),
     }
 

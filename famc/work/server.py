@@ -1,8 +1,8 @@
 """The warm server of a local build: imports torch and transformers once, then forks a process for each job.
 
-In, on stdin: one job file's path a line; `stop` ends all jobs. Out, on stdout: `NAME CODE` when a job has ended. End of
-stdin means that the build is gone: the jobs are killed and the server ends, so nothing trains beside the next build.
-The server only imports and forks: a process that had run multi-threaded torch operations could not be forked safely.
+In, on stdin: one job file's path a line, as JSON. Out, on stdout: `[PATH, CODE]` when its job has ended. End of stdin
+means that the build is gone: the jobs are killed and the server ends, so nothing trains beside the next build. The
+server only imports and forks: a process that had run multi-threaded torch operations could not be forked safely.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import json
 import os
 import selectors
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from famc.job import Job
@@ -58,41 +60,37 @@ def serve() -> int:
                 continue
             chunk = os.read(0, 65536)
             if not chunk:
-                _end(jobs, signal.SIGKILL)
+                for pid in jobs:
+                    os.kill(pid, signal.SIGKILL)  # none is reaped yet, so the numbers are theirs
                 return 0
             pending += chunk
             *lines, pending = pending.split(b"\n")
             for line in lines:
-                text = line.decode()
-                if text == "stop":
-                    _end(jobs, signal.SIGTERM)
-                else:
-                    name, pid = _fork(text, reports)
-                    jobs[pid] = name
+                file = json.loads(line)
+                jobs[_fork(file)] = file
         while jobs:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 break
-            reports.write(f"{jobs.pop(pid)} {os.waitstatus_to_exitcode(status)}\n")
+            if pid in jobs:
+                reports.write(json.dumps([jobs.pop(pid), os.waitstatus_to_exitcode(status)]) + "\n")
 
 
-def _end(jobs: dict[int, str], how: signal.Signals) -> None:
-    for pid in jobs:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, how)
-
-
-def _fork(file: str, reports: object) -> tuple[str, int]:
-    job = Job.from_json(Path(file).read_text(encoding="utf-8"))
+def _fork(file: str) -> int:
+    """The process of a job. Whatever happens in it, it ends there: the server must not run twice."""
+    server = os.getpid()
     pid = os.fork()
     if pid:
-        return job.name, pid
+        return pid
     code = 1
     try:
+        job = Job.from_json(Path(file).read_text(encoding="utf-8"))
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # Linux: die even if the server is killed
+        with contextlib.suppress(OSError, AttributeError):  # Linux: die even if the server is killed
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:  # it was killed in between
+            os._exit(1)
         log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         empty = os.open(os.devnull, os.O_RDONLY)
         os.dup2(empty, 0)
@@ -101,9 +99,14 @@ def _fork(file: str, reports: object) -> tuple[str, int]:
         from famc.work.runner import execute
 
         code = execute(job)
-        sys.stdout.flush()
-        sys.stderr.flush()
+    except SystemExit as end:  # a library that ends its process ends a job, with its own code
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)  # without torch's tear-down: everything that counts is fsynced
 
 

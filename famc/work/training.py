@@ -30,6 +30,7 @@ from transformers import (  # one import: transformers loads lazily
 
 from famc.errors import StepFailed
 from famc.job import Job
+from famc.work.loss import head_loss
 from famc.work.optim import make_optimizer, schedule
 from famc.work.rows import IGNORE, Rows
 from famc.work.runner import CHECKPOINTS
@@ -37,7 +38,12 @@ from famc.work.runner import CHECKPOINTS
 log = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 45.0  # at most so much work is lost to a kill, by the plan's estimate
 SHORT_ROWS = 512
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -86,8 +92,13 @@ def parent_model(folder: Path, shape: Mapping[str, Any]) -> PreTrainedModel:
     config.use_cache = False
     if shape["context"] > config.max_position_embeddings:
         config.max_position_embeddings = shape["context"]
-    config.rope_parameters = {**(config.rope_parameters or {"rope_type": "default"}), "rope_theta": shape["rope_theta"]}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
+    config.rope_parameters = {
+        **(config.rope_parameters or {"rope_type": "default"}),
+        "rope_theta": shape["rope_theta"],
+    }
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True
+    )
     return model
 
 
@@ -95,7 +106,11 @@ def start_model(job: Job, inputs: Mapping[str, Path], tokenizer: Any) -> PreTrai
     """The parent's model if there is one, else a new one; with adapters if the step says so."""
     torch.set_num_threads(job.threads)
     shape = job.params["shape"]
-    model = parent_model(inputs["model"], shape) if "model" in inputs else new_model(shape, tokenizer, int(job.params["seed"]))
+    model = (
+        parent_model(inputs["model"], shape)
+        if "model" in inputs
+        else new_model(shape, tokenizer, int(job.params["seed"]))
+    )
     model.set_attn_implementation(attention(int(job.params["context"])))
     if job.params.get("lora"):
         from peft import LoraConfig, get_peft_model
@@ -105,7 +120,13 @@ def start_model(job: Job, inputs: Mapping[str, Path], tokenizer: Any) -> PreTrai
         torch.manual_seed(int(job.params["seed"]))
         model = get_peft_model(
             model,
-            LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=targets, task_type="CAUSAL_LM"),
+            LoraConfig(
+                r=lora["r"],
+                lora_alpha=lora["alpha"],
+                lora_dropout=lora["dropout"],
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
         )
     return model
 
@@ -116,13 +137,18 @@ def attention(context: int) -> str:
     return "eager" if not torch.cuda.is_available() and context <= SHORT_ROWS else "sdpa"
 
 
-def save_model(model: Any, tokenizer_folder: Path, out: Path, tokenizer: Any, max_new_tokens: int = 256) -> None:
+def save_model(
+    model: Any, tokenizer_folder: Path, out: Path, tokenizer: Any, max_new_tokens: int = 256
+) -> None:
     """A complete Hugging Face folder: weights in fp32, config, generation config, tokenizer with its template."""
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.config.use_cache = True  # Trainer and training turn it off, and would write that into config.json
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=max_new_tokens, do_sample=False
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
     )
     model.save_pretrained(out, safe_serialization=True)
     for name in TOKENIZER_FILES:
@@ -135,7 +161,10 @@ def save_model(model: Any, tokenizer_folder: Path, out: Path, tokenizer: Any, ma
 
 def row_order(rows: int, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """`wanted` row numbers: pass after pass over all rows, each pass shuffled by seed and its own number."""
-    passes = [np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows) for epoch in range(-(-wanted // rows))]
+    passes = [
+        np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+        for epoch in range(-(-wanted // rows))
+    ]
     return np.concatenate(passes)[:wanted]
 
 
@@ -173,7 +202,7 @@ class RowSet(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 Blend = Callable[[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, Any], torch.Tensor]
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Trainer on packed rows, whose labels are shifted already. Losses are sums over the global batch's counted tokens,
     divided once: the same result whatever the micro-batch is."""
 
@@ -191,7 +220,23 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         labels = inputs["labels"].reshape(-1)
-        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+        bare = self.accelerator.unwrap_model(model)
+        adapters = hasattr(bare, "peft_config")  # their base_model is the whole model, head included
+        if bare is model and not adapters and self.blend is None and not self.z_loss:
+            # nobody needs the logits: the head's loss is taken from the hidden states, half the head's time on CPUs
+            hidden = bare.base_model(
+                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+            )[0]
+            kept = labels != IGNORE
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            if not bool(kept.all()):
+                flat, labels = flat[kept], labels[kept]
+            loss = head_loss(flat.float(), bare.get_output_embeddings().weight, labels, bf16=self.args.bf16)
+            loss = loss / (num_items_in_batch if num_items_in_batch is not None else len(labels))
+            return (loss, None) if return_outputs else loss
+        logits = model(
+            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+        ).logits
         logits = logits.reshape(-1, logits.shape[-1])
         count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
         loss = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum") / count
@@ -203,15 +248,16 @@ class PackedTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Every logged step to the job's metrics file; a loss that is no number stops the step where it happened."""
 
     def __init__(self, job: Job, tokens_a_step: float) -> None:
         self.job, self.tokens = job, tokens_a_step
         self.first: tuple[float, int] | None = None
-        self.losses: list[tuple[int, float]] = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         if not logs or "loss" not in logs:
             return
         now, step = time.time(), state.global_step
@@ -223,7 +269,6 @@ class Watch(TrainerCallback):
         if self.first is None:
             self.first = (now, step)
         speed = self.tokens * (step - self.first[1]) / (now - self.first[0]) if now > self.first[0] else 0.0
-        self.losses.append((step, float(logs["loss"])))
         self.job.progress(
             step, state.max_steps, loss=logs["loss"], lr=logs["learning_rate"], grad_norm=logs.get("grad_norm", 0.0),
             tokens_per_second=round(speed, 1),
@@ -235,7 +280,10 @@ def arguments(job: Job, out: Path, *, steps: int, batch: int) -> dict[str, Any]:
     micro = job.micro_batch or batch
     if batch % micro:
         micro = math.gcd(batch, micro)
-    every = int(job.runtime.get("checkpoint_steps") or max(20, round(steps * CHECKPOINT_SECONDS / max(job.seconds, 1.0))))
+    every = int(
+        job.runtime.get("checkpoint_steps")
+        or max(20, round(steps * CHECKPOINT_SECONDS / max(job.seconds, 1.0)))
+    )
     return {
         "output_dir": str(out / CHECKPOINTS),
         "max_steps": steps,
@@ -264,7 +312,11 @@ def arguments(job: Job, out: Path, *, steps: int, batch: int) -> dict[str, Any]:
 def last_checkpoint(out: Path) -> str | None:
     """The newest complete checkpoint: its trainer_state.json is the last file that Trainer writes. Others are removed."""
     folder = out / CHECKPOINTS
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2])) if folder.is_dir() else []
+    found = (
+        sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        if folder.is_dir()
+        else []
+    )
     complete = [p for p in found if (p / "trainer_state.json").is_file() and (p / "optimizer.pt").is_file()]
     for path in found:
         if path not in complete:
@@ -283,7 +335,9 @@ def train_rows(job: Job, model: Any, rows: Rows, out: Path, *, blend: Blend | No
     watch = Watch(job, float(params["batch_tokens"]))
     trainer = PackedTrainer(
         model=model,
-        args=TrainingArguments(**arguments(job, out, steps=steps, batch=batch), train_sampling_strategy="sequential"),
+        args=TrainingArguments(
+            **arguments(job, out, steps=steps, batch=batch), train_sampling_strategy="sequential"
+        ),
         train_dataset=RowSet(rows, order),
         data_collator=lambda items: {k: torch.stack([item[k] for item in items]) for k in items[0]},
         optimizers=(optimizer, scheduler),
@@ -305,13 +359,23 @@ def run_trainer(trainer: Trainer, out: Path, watch: Watch, *, tokens: float) -> 
     trainer.train(resume_from_checkpoint=resume)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     share = 1.0 - before / max(1, trainer.state.max_steps)
-    tail = [loss for _, loss in watch.losses[-5:]]
+    for (
+        name,
+        parameter,
+    ) in trainer.model.named_parameters():  # the last steps may stand after the last logged one
+        if not torch.isfinite(parameter).all():
+            raise StepFailed(
+                f"{watch.job.name}: {name} is not finite after step {trainer.state.global_step}",
+                "lower the learning rate",
+            )
+    # the trainer's own history outlives a kill: both ends of the whole run, not of what ran since
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return {
         "tokens": tokens,
         "tokens_per_second": round(tokens * share / wall, 1) if wall else 0.0,
         "compute_seconds": round(wall, 3),
         "compute_cpu_seconds": round(cpu, 3),
-        "first_loss": round(watch.losses[0][1], 6) if watch.losses else None,
-        "last_loss": round(sum(tail) / len(tail), 6) if tail else None,
+        "first_loss": round(losses[0], 6) if losses else None,
+        "last_loss": round(sum(losses[-5:]) / len(losses[-5:]), 6) if losses else None,
         "resumed_at": before,
     }

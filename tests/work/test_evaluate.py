@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -229,6 +230,40 @@ def test_preference_knows_the_chosen_answers_and_their_length(tmp_path, learned,
     assert results["preference_accuracy"]["stderr"] == 0
     level, _ = measure(tmp_path / "b", uniform, tokenizer, data, task("preference", "pairs"), context=200)
     assert level["preference_accuracy_sum"] == pytest.approx(1 / 3)  # the sum favours the shorter
+
+
+def test_preference_is_per_token_and_its_sum_is_not(tmp_path, uniform, tokenizer):
+    """Against sums and means over plain logits, for pairs on which the two disagree."""
+    model = AutoModelForCausalLM.from_pretrained(uniform)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+    model.save_pretrained(tmp_path / "model")
+    shutil.copyfile(uniform / "tokenizer.json", tmp_path / "model/tokenizer.json")
+    shutil.copyfile(uniform / "tokenizer_config.json", tmp_path / "model/tokenizer_config.json")
+    words, before = AutoTokenizer.from_pretrained(tokenizer), [{"role": "user", "content": "Hm?"}]
+    start = len(encode_prompt(words, before))
+    means, sums, rows = [], [], []
+    chosen, rejected = (
+        ("Salt and ships. " * 3, "Heat", "Sea, fog"),
+        ("Salt", "Heat and salt", "The oven " * 4),
+    )
+    for texts in zip(chosen, rejected, strict=True):
+        said = [[{"role": "assistant", "content": text}] for text in texts]
+        rows.append({"prompt": before, "chosen": said[0], "rejected": said[1]})
+        pair = []
+        for turn in said:
+            ids, mask = encode_chat(words, before + turn)
+            nll = plain_nll(model, ids)
+            pair.append([-nll[at - 1] for at in range(start, len(ids)) if mask[at]])
+        means.append(float(np.mean(pair[0]) > np.mean(pair[1])))
+        sums.append(float(np.sum(pair[0]) > np.sum(pair[1])))
+    assert np.mean(means) != np.mean(sums)  # else this test would see nothing
+    data = {"pairs": make_data(tmp_path / "pairs", rows)}
+    found, _ = measure(
+        tmp_path / "o", tmp_path / "model", tokenizer, data, task("preference", "pairs"), context=200
+    )
+    assert found["preference_accuracy"] == pytest.approx(np.mean(means))
+    assert found["preference_accuracy_sum"] == pytest.approx(np.mean(sums))
 
 
 def test_with_a_reference_the_rewards_are_implicit(tmp_path, learned, noise, tokenizer, data):

@@ -104,6 +104,17 @@ def test_shards_become_one_file_and_an_untied_head_stays(tmp_path, tokenizer):
     assert facts["parameters"] == sum(t.numel() for t in before.values())
 
 
+def test_a_tied_head_is_not_written_a_second_time(tmp_path, model):
+    """Some trainers save both names."""
+    double = tmp_path / "double"
+    shutil.copytree(model, double)
+    tensors = load_file(double / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, double / "model.safetensors", metadata={"format": "pt"})
+    make(tmp_path / "out", double, "safetensors", "fp32")
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+
+
 def test_a_model_that_diverged_is_not_exported(tmp_path, model):
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
