@@ -1,5 +1,5 @@
-"""The command line: one short function a command. Thin: it parses, calls, prints. Exit codes: 0 done, 1 a step or gate
-failed, 2 usage or spec error, 3 the plan can't fit its hardware, 130 Ctrl-C (all resumable).
+"""The command line: one short function a command. Thin: it parses, calls, prints. Exit codes: 0 done, 1 a
+step or gate failed, 2 usage or spec error, 3 the plan can't fit its hardware, 130 Ctrl-C (all resumable).
 """
 
 from __future__ import annotations

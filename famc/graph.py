@@ -132,6 +132,8 @@ class _Builder:
         self.family = spec.family
         self.names = Names(spec)
         self.nodes: dict[str, Node] = {}
+        self.written: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+        self.published: dict[tuple[str, str], list[str]] = {}  # nodes by size and variant
         self.gated: set[int] = set()  # gates of the spec that became steps
         self.shapes = {size: shape_of(spec.family, size) for size in spec.family.sizes}
         self.params = {size: count(shape).total for size, shape in self.shapes.items()}
@@ -169,8 +171,8 @@ class _Builder:
         later.
         """
         model = self.model(variant, size)
-        own = [n for n in self.nodes.values() if n.kind == "gate" and (n.size, n.variant) == (size, variant)
-               and "require" in n.params and "beats" not in n.inputs]  # fmt: skip
+        here = (self.nodes[name] for name in self.published[size, variant])
+        own = [n for n in here if n.kind == "gate" and "require" in n.params and "beats" not in n.inputs]
         for gate in own:
             above = self.above(gate.name)
             for node in list(self.nodes.values()):
@@ -193,6 +195,8 @@ class _Builder:
             return node.name
         backend = self.names.backend(node.name)
         self.nodes[node.name] = node if backend is None else _replace(node, backend=backend)
+        if node.size and node.variant:
+            self.published.setdefault((node.size, node.variant), []).append(node.name)
         return node.name
 
     # --- stages ---------------------------------------------------------------------------------------------
@@ -240,13 +244,20 @@ class _Builder:
         """A stage with the overrides of the size's groups, backend and own name laid over it; who wrote each
         field.
         """
+        keys = tuple(self.names.overrides(stage, size))
+        if (stage, keys) not in self.written:
+            self.written[stage, keys] = self.origins_of(stage, keys)
+        return self.names.stage_at(stage, size), self.written[stage, keys]
+
+    def origins_of(self, stage: str, keys: tuple[str, ...]) -> dict[str, str]:
+        """Who wrote each field of a stage, with the overrides of `keys` laid over it."""
         spec = self.family.stages[stage]
         path: Where = ("stages", stage)
         written = {key: self.spec.origin(where) or "" for key, where in _fields(_raw(spec), path)}
-        for key in self.names.overrides(stage, size):
+        for key in keys:
             for changed, where in _fields(spec.by[key], (*path, "by", key)):
                 written[changed] = f"by {key}, {self.spec.origin(where) or ''}"
-        return self.names.stage_at(stage, size), written
+        return written
 
     def model(self, ref: str, size: str) -> str:
         """The node that `stage`, `variant`, `stage@size` or `variant@size` means at a size."""
@@ -507,7 +518,7 @@ class _Builder:
         model = self.model(variant, size)
         family, release = self.family, self.family.release
         inputs = {"model": model, "tokenizer": self.tokenizer()}
-        evals = [n for n in self.nodes.values() if n.kind == "eval" and n.size == size and n.variant == variant]
+        evals = [self.nodes[n] for n in self.published.get((size, variant), ()) if self.nodes[n].kind == "eval"]
         scores = {f"eval.{n.name.rpartition('eval.')[2]}": n.name for n in evals}
         for export in exports:
             inputs[f"export.{export.rpartition('export.')[2]}"] = export
@@ -529,9 +540,9 @@ class _Builder:
             {"family": family.family.name, "org": family.family.org, "size": size, "-variant": dash, "variant": variant,
              "-export": "", "export": ""}  # fmt: skip
         )
-        params = {"repo": repo, "to": release.to, "dry_run": release.dry_run, "license": family.family.license,
-                  "max_context": self.nodes[model].params["shape"]["context"]}  # fmt: skip
-        runtime = {"path": release.path, "collection": release.collection}
+        max_context = self.nodes[model].params["shape"]["context"]
+        params = {"repo": repo, "license": family.family.license, "max_context": max_context}
+        runtime = {"path": release.path, "collection": release.collection, "to": release.to, "dry_run": release.dry_run}
         missing: tuple[str, ...] = ()
         if release.to == "hf" and not release.dry_run:
             missing = ("uploading to the hub can be planned, but this version of famc prepares the folder only: set release.dry_run",)

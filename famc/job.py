@@ -1,7 +1,9 @@
-"""One step, ready to run: the JSON that a worker reads. Local runs, sbatch scripts and pods all run the same job file.
+"""One step, ready to run: the JSON that a worker reads. Local runs, sbatch scripts and pods all run the same
+job file.
 
-In: what the plan decided. Out: `python -m famc.work JOB.json`. Nothing here decides; a worker obeys.
-Of its fields `kind`, `version`, `params` and the inputs' keys bear identity (they are the key); all else moves work around.
+In: what the plan decided. Out: `python -m famc.work JOB.json`. Nothing here decides; a worker obeys. Of
+its fields `kind`, `version`, `params` and the inputs' keys bear identity (they are the key); all else
+moves work around.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What the key is the hash of."""
-        return preimage(self.kind, self.version, self.params, {role: key for role, (_, key) in self.inputs.items()})
+        return preimage(
+            self.kind, self.version, self.params, {role: key for role, (_, key) in self.inputs.items()}
+        )
 
     def to_json(self) -> str:
         """The job file's text, stable from run to run."""
@@ -77,7 +81,7 @@ def preimage(kind: str, version: int, params: Mapping[str, Any], inputs: Mapping
 
 
 def content(job: Job, outputs: Mapping[str, str]) -> str:
-    """Like the key, but from the inputs' bytes: equal content gives equal output whatever the inputs' keys are.
+    """Like the key, but from the inputs' bytes: equal content gives equal output whatever their keys are.
 
     `outputs`: role -> digest of the input's files."""
     return digest(preimage(job.kind, job.version, job.params, outputs))
@@ -89,7 +93,7 @@ def base_record(job: Job, outputs: Mapping[str, str]) -> dict[str, Any]:
         "name": job.name,
         "kind": job.kind,
         "key": job.key,
-        "inputs": {address: key for address, key in job.inputs.values()},
+        "inputs": dict(job.inputs.values()),
         "seed": job.seed,
         "identity": job.identity,
         "content": content(job, outputs),

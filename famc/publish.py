@@ -1,13 +1,13 @@
 """Release artifacts -> `<out>/release/`: one folder a variant and size, and family.json, the index of all.
 
-In: a Plan whose steps have run. Out: folders made from the store's artifacts, swapped in whole. A variant whose
-gate failed leaves no folder, and stands in family.json with the reason. What the plan is not about stays as it is.
+In: a Plan whose steps have run. Out: folders made from the store's artifacts, swapped in whole. A variant
+whose gate failed leaves no folder, and stands in family.json with the reason. What the plan is not about
+stays as it is.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,9 @@ from famc.store import RECORD, Store, finite, link_or_copy
 MARK = ".famc-release"  # which artifact a released folder is
 INDEX = "family.json"
 UNPUBLISHED = frozenset({RECORD, "release.json"})  # famc's own files in a release artifact
-LINKED = 1_000_000  # bytes from which a file is linked; smaller ones are copied, as people edit cards and configs
+LINKED = (
+    1_000_000  # bytes from which a file is linked; smaller ones are copied, as people edit cards and configs
+)
 
 
 def publish(plan: Plan, failed: Mapping[str, str] | None = None) -> list[Path]:
@@ -54,8 +56,12 @@ def publish(plan: Plan, failed: Mapping[str, str] | None = None) -> list[Path]:
                 shutil.rmtree(folder)  # an older build's: this family has not released it
         entry |= scores.get((node.size, node.variant), {"scores": {}, "exports": {}})
         entries.append(entry)
-    if plan.family.release.collection and (folders or any(n.node.kind == "release" for n in plan.steps.values())):
-        _write_index(root / INDEX, {"family": plan.family.family.model_dump(mode="json"), "variants": entries})
+    if plan.family.release.collection and (
+        folders or any(n.node.kind == "release" for n in plan.steps.values())
+    ):
+        _write_index(
+            root / INDEX, {"family": plan.family.family.model_dump(mode="json"), "variants": entries}
+        )
     return folders
 
 
@@ -65,7 +71,9 @@ def _files(store: Store, node: Node, key: str) -> dict[str, int]:
 
 
 def _passed(plan: Plan, store: Store, name: str, key: Mapping[str, str]) -> bool:
-    """Whether every gate on the way holds. Order bears no identity: a gate may be stricter than it was when this was made."""
+    """Whether every gate on the way holds. Order bears no identity: a gate may be stricter by now than when
+    this was made.
+    """
     above = plan.graph.closure([name], up=True)
     return all(store.has(n, key[n]) for n in above if plan.graph.nodes[n].kind == "gate")
 
@@ -81,7 +89,9 @@ def _bring(artifact: Path, folder: Path, key: str, files: Mapping[str, int]) -> 
         if (folder / MARK).read_text(encoding="utf-8").strip() == key and sizes == files:
             return
     elif folder.exists():
-        raise UsageError(f"{folder} is in the way: famc did not make it", "move it, or change release.path or release.repo")
+        raise UsageError(
+            f"{folder} is in the way: famc did not make it", "move it, or change release.path or release.repo"
+        )
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for left in (fresh, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -104,7 +114,9 @@ def _reasons(plan: Plan, name: str, failed: Mapping[str, str]) -> list[str]:
     return [f"{step}: {reason}" for step, reason in failed.items() if step in above]
 
 
-def _metrics(plan: Plan, store: Store, key: Mapping[str, str]) -> dict[tuple[str | None, str | None], dict[str, Any]]:
+def _metrics(
+    plan: Plan, store: Store, key: Mapping[str, str]
+) -> dict[tuple[str | None, str | None], dict[str, Any]]:
     """(size, variant) -> its scores by suite, its exports' by label."""
     found: dict[tuple[str | None, str | None], dict[str, Any]] = {}
     for node in plan.graph.nodes.values():
@@ -129,4 +141,4 @@ def _write_index(path: Path, index: Mapping[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(finite(index), indent=1, ensure_ascii=False)
     temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -1,8 +1,10 @@
-"""Plan -> artifacts, on this machine: jobs as processes within its cores and memory, in the order of the critical path.
+"""Plan -> artifacts, on this machine: jobs as processes within its cores and memory, in the order of the
+critical path.
 
-In: a Plan. Out: a Report. A failed step stops only what needs it. A rebuilt step whose output is byte-identical keeps
-what follows it (early cut-off). Killed at any moment, the next build resumes: finished artifacts stand, a training step
-goes on at its last checkpoint. The seam is `execute`: a test passes a function.
+In: a Plan. Out: a Report. A failed step stops only what needs it. A rebuilt step whose output is
+byte-identical keeps what follows it (early cut-off). Killed at any moment, the next build resumes:
+finished artifacts stand, a training step goes on at its last checkpoint. The seam is `execute`: a test
+passes a function.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,10 @@ class Report:
 
 
 class Execute:
-    """Starts jobs as processes: forked from a warm server, or plain. Use as a context: leaving it ends what runs."""
+    """Starts jobs as processes: forked from a warm server, or plain. A context: leaving it ends what runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "famc.work.server")) -> None:
+        self.command = command
         self.server: subprocess.Popen[str] | None = None
         self.words = tempfile.TemporaryFile()  # noqa: SIM115 - the server's stderr: a pipe that nobody reads fills up
         self.ended: dict[str, queue.Queue[int]] = {}  # job file -> where its exit code is waited for
@@ -71,8 +74,8 @@ class Execute:
             "PYTHONHASHSEED": "0",
         }
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "famc.work.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.words, text=True, encoding="ascii", env=environment, start_new_session=True,
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True,
+            encoding="ascii", env=environment, start_new_session=True,
         )  # fmt: skip
         threading.Thread(target=self._listen, daemon=True).start()
         return self
@@ -86,7 +89,9 @@ class Execute:
         with contextlib.suppress(OSError):
             self.server.stdin.close()  # the server kills its jobs and ends
         try:
-            self.server.wait(SERVER_ENDS if forked else 0.1)  # without jobs it may be importing still: never mind
+            self.server.wait(
+                SERVER_ENDS if forked else 0.1
+            )  # without jobs it may be importing still: never mind
         except subprocess.TimeoutExpired:
             self.server.kill()
             self.server.wait()
@@ -161,7 +166,7 @@ class Execute:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One build a folder: two would train the same step twice. Held by the kernel, so a killed build holds nothing."""
+    """One build a folder: two would train a step twice. Held by the kernel: a killed build holds nothing."""
     (out / ".famc").mkdir(parents=True, exist_ok=True)
     path = out / ".famc" / "lock"
     with path.open("a+") as file:
@@ -188,7 +193,7 @@ def run(
 ) -> Report:
     """Run all steps of a plan that are not in the store.
 
-    Raises UsageError before anything starts if one can't run here, or if another build works in the same folder.
+    Raises UsageError before anything starts if one can't run here, or another build works in the folder.
     """
     refuse_blocked(plan)
     started = time.monotonic()
@@ -288,7 +293,9 @@ class _Build:
             return False
         old = read_record(twin)
         kept = {k: v for k, v in old.items() if k not in ("files", "output")}
-        self.store.reuse(step.name, step.key, twin, {**kept, **base_record(job, outputs), "reused": old["key"]})
+        self.store.reuse(
+            step.name, step.key, twin, {**kept, **base_record(job, outputs), "reused": old["key"]}
+        )
         del self.waiting[step.name]
         self.reused.append(step.name)
         self.tell({"event": "reused", "step": step.name})
@@ -363,7 +370,9 @@ def _bottom_levels(plan: Plan) -> dict[str, float]:
 
 
 def _waits_for(plan: Plan, waiting: Mapping[str, Planned]) -> dict[str, frozenset[str]]:
-    """The waiting steps that each step needs, through finished ones too: a gate that is checked again guards what follows."""
+    """The waiting steps that each step needs, through finished ones too: a gate that is checked again guards
+    what follows.
+    """
     before: dict[str, frozenset[str]] = {}
     for name, step in plan.steps.items():
         needs = (frozenset({need}) if need in waiting else before[need] for need in step.node.needs)
@@ -382,4 +391,13 @@ def check_damage(plan: Plan) -> list[str]:
     ]
 
 
-__all__ = ["Execute", "Report", "StepFailed", "check_damage", "locked", "refuse_blocked", "run", "why_it_failed"]
+__all__ = [
+    "Execute",
+    "Report",
+    "StepFailed",
+    "check_damage",
+    "locked",
+    "refuse_blocked",
+    "run",
+    "why_it_failed",
+]

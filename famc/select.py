@@ -1,11 +1,12 @@
-"""Selectors: which steps a command is about. In: text such as `+0.6b/instruct`, and a graph. Out: names of steps.
+"""Selectors: which steps a command is about. In: text such as `+0.6b/instruct`, and a graph. Out: names of
+steps.
 
-    0.6b/sft            a step; also a glob: */sft, data/*
-    0.6b/instruct       a variant at a size: the stage behind it and all that scores, exports and releases it
-    kind:export         by kind;  size:0.6b, variant:instruct, backend:h100,
-                        state:changed (new, changed, cached, blocked; modified: new or changed)
-    +X  X+  +X+         with all that X needs, with all that needs X
-    A B                 union (several arguments, or a space);  A,B  intersection
+0.6b/sft            a step; also a glob: */sft, data/*
+0.6b/instruct       a variant at a size: the stage behind it and all that scores, exports and releases it
+kind:export         by kind;  size:0.6b, variant:instruct, backend:h100,
+                    state:changed (new, changed, cached, blocked; modified: new or changed)
++X  X+  +X+         with all that X needs, with all that needs X
+A B                 union (several arguments, or a space);  A,B  intersection
 """
 
 from __future__ import annotations

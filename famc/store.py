@@ -1,8 +1,10 @@
-"""Artifact folders: `<root>/<address>-<key[:12]>/`, made in `.partial`, fsynced, renamed; the record is written last.
+"""Artifact folders: `<root>/<address>-<key[:12]>/`, made in `.partial`, fsynced, renamed; the record is
+written last.
 
-In: a step's address and key. Out: a folder whose `famc.json` names every file with its hash, and signs itself.
-A folder without a record is no artifact. Nothing here knows what a step does. Identity: the key; and `output`,
-the digest of the files' content, which lets a rebuilt but byte-identical step keep what follows it (early cut-off).
+In: a step's address and key. Out: a folder whose `famc.json` names every file with its hash, and signs
+itself. A folder without a record is no artifact. Nothing here knows what a step does. Identity: the key;
+and `output`, the digest of the files' content, which lets a rebuilt but byte-identical step keep what
+follows it (early cut-off).
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Store:
         return self.root / PARTIAL / f"{name.replace('/', '.')}-{key[:12]}"
 
     def has(self, name: str, key: str) -> bool:
-        """Whether a finished artifact is there. Its record is the last thing written, so one look is enough."""
+        """Whether a finished artifact is there. Its record is written last, so one look is enough."""
         return (self.path(name, key) / RECORD).is_file()
 
     def record(self, name: str, key: str) -> dict[str, Any]:
@@ -105,7 +107,10 @@ class Store:
                         found.setdefault(address, []).append((when, path))
                         continue
                 todo.append(path)  # part of an address, even where a size is called like an artifact
-        return {name: [p for _, p in sorted(items, key=lambda i: (-i[0], str(i[1])))] for name, items in found.items()}
+        return {
+            name: [p for _, p in sorted(items, key=lambda i: (-i[0], str(i[1])))]
+            for name, items in found.items()
+        }
 
     def commit(self, name: str, key: str, record: Mapping[str, Any]) -> Path:
         """`.partial` folder -> artifact: hash and fsync every file, write the record, rename."""
@@ -168,7 +173,7 @@ class Store:
         return faults
 
     def remove(self, folder: Path) -> int:
-        """Delete an artifact, its record first, so that a half-deleted folder is no artifact. Returns its bytes."""
+        """Delete an artifact, its record first: a half-deleted folder is no artifact. Returns its bytes."""
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         (folder / RECORD).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -193,7 +198,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreError(f"{folder.name}: its record can't be read: {error}", "famc build makes it again") from None
+        raise StoreError(
+            f"{folder.name}: its record can't be read: {error}", "famc build makes it again"
+        ) from None
     files = record.get("files") if isinstance(record, dict) else None
     entries = files.values() if isinstance(files, dict) else [None]
     if not all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in entries):

@@ -1,6 +1,8 @@
-"""What all tests share: nobody's terminal, colours or network."""
+"""What all tests share: nobody's terminal, colours or network, and no waiting for a disk."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
@@ -12,3 +14,4 @@ def plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # test_store.py looks that it is called

@@ -1,4 +1,6 @@
-"""A small family, a machine that is the same everywhere, and a worker that trains nothing: what the tests of a build share."""
+"""A small family, a machine that is the same everywhere, and a worker that trains nothing: what the tests of
+a build share.
+"""
 
 from __future__ import annotations
 
@@ -80,14 +82,14 @@ def toy_plan(folder: Path, *edits: tuple[str, str], names: Iterable[str] | None 
 
 
 class Fake:
-    """Stands for the processes of a build. An artifact's bytes follow from the step's parameters and its inputs' bytes.
+    """Stands for the processes of a build. Bytes follow from a step's parameters and its inputs' bytes.
 
     `fail`: steps that exit 1 with a reason. `same`: steps whose bytes do not depend on their parameters.
-    `during`: called inside each job. `spans` tells when each ran; `most` how many threads and bytes were planned at once.
+    `during`: called inside each job. `spans`: when each ran; `most`: threads and bytes planned at once.
     """
 
     def __init__(
-        self, plan: Plan, *, fail: Iterable[str] = (), same: Iterable[str] = (), seconds: float = 0.0,
+        self, plan: Plan | None, *, fail: Iterable[str] = (), same: Iterable[str] = (), seconds: float = 0.0,
         during: Callable[[Job], None] = lambda job: None, metrics: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.fail, self.same, self.seconds = plan, set(fail), set(same), seconds
@@ -103,8 +105,12 @@ class Fake:
         with self.lock:
             self.ran.append(job.name)
             self.running.add(job.name)
-            busy = [self.plan.steps[name] for name in self.running]
-            now = {"threads": sum(s.threads for s in busy), "memory": sum(s.memory.total for s in busy), "jobs": len(busy)}
+            busy = [self.plan.steps[name] for name in self.running] if self.plan else []
+            now = {
+                "threads": sum(s.threads for s in busy),
+                "memory": sum(s.memory.total for s in busy),
+                "jobs": len(busy),
+            }
             self.most = {key: max(self.most[key], now[key]) for key in now}
         try:
             self.during(job)
@@ -130,6 +136,12 @@ class Fake:
             (folder / "release.json").write_text("{}", encoding="utf-8")
             (folder / "onnx").mkdir(exist_ok=True)
             (folder / "onnx" / "model.onnx").write_bytes(b"\0" * 1_200_000)
-        record = {"metrics": {"score": 1.0, **self.metrics}, "seconds": 0.5, "cpu_seconds": 0.5, "versions": {}, "host": {}}
+        record = {
+            "metrics": {"score": 1.0, **self.metrics},
+            "seconds": 0.5,
+            "cpu_seconds": 0.5,
+            "versions": {},
+            "host": {},
+        }
         store.commit(job.name, job.key, {**base_record(job, outputs), **record})
         return 0

@@ -1,12 +1,14 @@
-"""A job file holds all that a worker needs, and its key follows from what can change the output, from nothing else."""
+"""A job file holds all that a worker needs, and its key follows from what can change the output, from nothing
+else.
+"""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-
 from fake_build import toy_plan
+
 from famc.job import Job, content, preimage
 from famc.plan import keys
 from famc.report.live import last_progress
@@ -33,20 +35,41 @@ def test_the_key_is_the_hash_of_the_jobs_identity(plan):
 
 def test_means_are_not_part_of_the_identity(plan):
     job = plan.job("s/pretrain")
-    moved = {"store": "/else", "threads": 64, "micro_batch": 1, "memory": 1.0, "because": ("for a test",), "log": "/log", "runtime": {"x": 1}}
+    moved = {
+        "store": "/else",
+        "threads": 64,
+        "micro_batch": 1,
+        "memory": 1.0,
+        "because": ("for a test",),
+        "log": "/log",
+        "runtime": {"x": 1},
+    }
     other = Job(**{**{f: getattr(job, f) for f in job.__dataclass_fields__}, **moved})
     assert other.identity == job.identity
 
 
 def test_content_follows_from_the_inputs_bytes_not_from_their_keys(plan):
     job = plan.job("s/sft")
-    outputs = {role: "1" * 64 for role in job.inputs}
-    rekeyed = Job(**{**{f: getattr(job, f) for f in job.__dataclass_fields__}, "inputs": {r: (a, "9" * 64) for r, (a, _) in job.inputs.items()}})
+    outputs = dict.fromkeys(job.inputs, "1" * 64)
+    rekeyed = Job(
+        **{
+            **{f: getattr(job, f) for f in job.__dataclass_fields__},
+            "inputs": {r: (a, "9" * 64) for r, (a, _) in job.inputs.items()},
+        }
+    )
     assert content(rekeyed, outputs) == content(job, outputs)
     assert content(job, outputs | {"model": "2" * 64}) != content(job, outputs)
 
 
-@pytest.mark.parametrize("change", [("sft", 1, {}, {}), ("pretrain", 2, {}, {}), ("pretrain", 1, {"a": 1}, {}), ("pretrain", 1, {}, {"a": "b"})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("sft", 1, {}, {}),
+        ("pretrain", 2, {}, {}),
+        ("pretrain", 1, {"a": 1}, {}),
+        ("pretrain", 1, {}, {"a": "b"}),
+    ],
+)
 def test_kind_version_parameters_and_inputs_each_change_the_key(change):
     assert digest(preimage(*change)) != digest(preimage("pretrain", 1, {}, {}))
 

@@ -1,4 +1,4 @@
-"""A plan says of every step whether it is built, why not, what it costs, and loads nothing heavy to know it."""
+"""A plan says of every step whether it is built, why not, what it costs; it loads nothing heavy for it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from fake_build import SPEC, Fake, machine, toy_plan, write_spec
+
 from famc.errors import FitError
 from famc.graph import open_family
 from famc.plan import keys, plan
@@ -33,7 +33,7 @@ def statuses(folder: Path, *edits: tuple[str, str], **more):
     return {name: step.status for name, step in toy_plan(folder, *edits, **more).steps.items()}
 
 
-# --- status --------------------------------------------------------------------------------------------------------------
+# --- status -----------------------------------------------------------------------------------------------
 
 
 def test_before_anything_is_built_every_step_is_new(tmp_path):
@@ -91,13 +91,19 @@ def test_a_change_marks_the_step_and_all_that_follows_and_nothing_else(built, ed
 def test_a_new_size_is_new_and_the_others_stay(built):
     edit = ("  s: {", "  l: {layers: 4, hidden: 64, ffn: 192, heads: 2, kv_heads: 1, tie: true}\n  s: {")
     found = statuses(built, edit)
-    assert {name for name, status in found.items() if status != "cached"} == {n for n in found if n.startswith("l/")}
+    assert {name for name, status in found.items() if status != "cached"} == {
+        n for n in found if n.startswith("l/")
+    }
     assert found["l/sft"] == "new"
 
 
 def test_the_seed_changes_what_is_drawn_or_trained(built):
     made = toy_plan(built, ("seed: 7", "seed: 8"))
-    assert {s.name for s in made.steps.values() if s.status == "changed"} >= {"s/pretrain", "mix/text", "data/code"}
+    assert {s.name for s in made.steps.values() if s.status == "changed"} >= {
+        "s/pretrain",
+        "mix/text",
+        "data/code",
+    }
     assert made.steps["data/code"].because == ("seed: 7 -> 8",)
 
 
@@ -114,7 +120,9 @@ def test_data_that_changes_on_disk_changes_its_source(tmp_path):
 
 def test_the_reason_is_the_field_old_and_new_and_who_wrote_it(built):
     made = toy_plan(built, LR)
-    line = SPEC.splitlines().index("  pretrain: {kind: pretrain, data: text, batch_tokens: 512, lr: 1e-3}") + 1
+    line = (
+        SPEC.splitlines().index("  pretrain: {kind: pretrain, data: text, batch_tokens: 512, lr: 1e-3}") + 1
+    )
     assert len(made.steps["s/pretrain"].because) == 1
     assert made.steps["s/pretrain"].because[0].startswith(f"lr.peak: 0.001 -> 0.002 (toy.yaml:{line}")
     assert made.steps["s/sft"].because == ("needs s/pretrain, which changed",)
@@ -122,7 +130,7 @@ def test_the_reason_is_the_field_old_and_new_and_who_wrote_it(built):
 
 def test_a_reason_names_who_overrode_the_value(built):
     made = toy_plan(built, sets=["stages.sft.epochs=3"])
-    assert made.steps["s/sft"].because == ("epochs: 1.0 -> 3.0 (--set stages.sft.epochs=3)",)
+    assert made.steps["s/sft"].because == ("epochs: 1.0 -> 3.0 (--set stages.sft.epochs)",)
 
 
 def test_going_back_is_cached_again(tmp_path):
@@ -141,21 +149,33 @@ def test_a_damaged_record_of_an_older_artifact_is_told(tmp_path):
     assert "its record can't be read" in again.steps["s/sft"].because[0]
 
 
-# --- what can't run here -------------------------------------------------------------------------------------------------
+# --- what can't run here ----------------------------------------------------------------------------------
 
 BLOCKED = {
     "a kind without a worker": (
-        [("  sft:      {kind: sft, from: base, data: qa, epochs: 1}", "  sft: {kind: grpo, from: base, data: qa, rewards: [exact_number]}")],
-        "s/sft", "kind 'grpo' can be planned, but this version of famc has no worker for it",
+        [
+            (
+                "  sft:      {kind: sft, from: base, data: qa, epochs: 1}",
+                "  sft: {kind: grpo, from: base, data: qa, rewards: [exact_number]}",
+            )
+        ],
+        "s/sft",
+        "kind 'grpo' can be planned, but this version of famc has no worker for it",
     ),
     "a format without a worker": (
-        [("format: onnx, quant: [fp32, int4], target: cpu", "format: gguf")],
-        "s/instruct/export.gguf-q4_k_m", "format 'gguf' can be planned, but this version of famc has no worker for it",
+        [
+            ("format: onnx, quant: [fp32, int4], target: cpu", "format: gguf"),
+            ('  - {match: "*/*/export.onnx-*", parity: {tokenizer: exact, kl: 0.05}}\n', ""),
+        ],
+        "s/instruct/export.gguf-q4_k_m",
+        "format 'gguf' can be planned, but this version of famc has no worker for it",
     ),
     "data that is not here": (
-        [("path: data/qa.jsonl", "path: data/none.jsonl")], "data/qa", "data/none.jsonl",
+        [("path: data/qa.jsonl", "path: data/none.jsonl")],
+        "data/qa",
+        "data/none.jsonl",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BLOCKED)
@@ -163,7 +183,13 @@ def test_what_can_not_run_here_is_blocked_with_its_reason_and_so_is_all_that_nee
     edits, name, reason = BLOCKED[case]
     if case == "a kind without a worker":
         edits = [*edits, ("format: messages", "format: prompts")]
-        edits += [("eval: chat}", "eval: lm}"), ('{match: "*/instruct", beats: base, suite: chat, metrics: [answer_loss]}', '{match: "*/instruct", beats: base, suite: lm}')]
+        edits += [
+            ("eval: chat}", "eval: lm}"),
+            (
+                '{match: "*/instruct", beats: base, suite: chat, metrics: [answer_loss]}',
+                '{match: "*/instruct", beats: base, suite: lm}',
+            ),
+        ]
         edits += [("  chat: [{task: answers, data: qa, n: 10, max_new_tokens: 8}]\n", "")]
     made = toy_plan(tmp_path, *edits)
     assert made.steps[name].status == "blocked"
@@ -180,17 +206,58 @@ def test_a_cached_step_is_not_blocked_by_what_it_was_made_of(built):
     assert made.steps["data/qa"].status == "cached"
 
 
-# --- the contract ----------------------------------------------------------------------------------------------------------
+# --- the contract -----------------------------------------------------------------------------------------
 
 STEP = {
-    "name", "kind", "key", "size", "variant", "needs", "status", "because", "backend", "layout", "memory", "params", "tokens",
-    "flops", "mfu", "seconds", "device_hours", "cost_usd", "energy_kwh", "co2e_kg", "basis",
-}  # fmt: skip
+    "name",
+    "kind",
+    "key",
+    "size",
+    "variant",
+    "needs",
+    "status",
+    "because",
+    "backend",
+    "layout",
+    "memory",
+    "params",
+    "tokens",
+    "flops",
+    "mfu",
+    "seconds",
+    "device_hours",
+    "cost_usd",
+    "energy_kwh",
+    "co2e_kg",
+    "basis",
+}
 LAYOUT = {
-    "nodes", "devices", "dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "micro_batch", "grad_accum", "recompute", "precision",
-    "threads", "why",
-}  # fmt: skip
-MEMORY = {"weights", "gradients", "optimizer", "activations", "logits", "kv_cache", "overhead", "total", "limit"}
+    "nodes",
+    "devices",
+    "dp_replicate",
+    "dp_shard",
+    "tp",
+    "cp",
+    "pp",
+    "ep",
+    "micro_batch",
+    "grad_accum",
+    "recompute",
+    "precision",
+    "threads",
+    "why",
+}
+MEMORY = {
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "kv_cache",
+    "overhead",
+    "total",
+    "limit",
+}
 
 
 def test_the_json_has_the_fields_that_scripts_rely_on(built):
@@ -254,7 +321,13 @@ def test_a_price_is_hours_times_what_the_spec_says(tmp_path):
 
 
 def test_names_restrict_the_plan_to_them_and_what_they_need(tmp_path):
-    assert set(statuses(tmp_path, names=["s/pretrain"])) == {"data/code", "data/qa", "tokenizer", "mix/text", "s/pretrain"}
+    assert set(statuses(tmp_path, names=["s/pretrain"])) == {
+        "data/code",
+        "data/qa",
+        "tokenizer",
+        "mix/text",
+        "s/pretrain",
+    }
 
 
 def test_a_plan_writes_nothing(tmp_path):
@@ -262,7 +335,7 @@ def test_a_plan_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------------
+# --- what does not fit ------------------------------------------------------------------------------------
 
 
 def test_what_fits_no_layout_is_told_with_its_largest_part_and_a_hint(tmp_path):
@@ -280,17 +353,45 @@ def test_what_fits_no_layout_is_told_with_its_largest_part_and_a_hint(tmp_path):
 
 def test_a_step_that_is_not_asked_for_need_not_fit(tmp_path):
     edit = ("{cpu: 2, ram: 8GB}", "{cpu: 2, ram: 600MB}")
-    assert set(statuses(tmp_path, edit, names=["tokenizer"])) == {"data/code", "data/qa", "tokenizer"} - {"data/qa"}
+    assert set(statuses(tmp_path, edit, names=["tokenizer"])) == {"data/code", "data/qa", "tokenizer"} - {
+        "data/qa"
+    }
 
 
-# --- light -----------------------------------------------------------------------------------------------------------------
+# --- light ------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "trl", "datasets", "numpy", "pyarrow", "onnxruntime", "onnx", "accelerate", "tokenizers", "networkx", "rich", "jinja2", "psutil")
+HEAVY = (
+    "torch",
+    "transformers",
+    "trl",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "onnxruntime",
+    "onnx",
+    "accelerate",
+    "tokenizers",
+    "networkx",
+    "rich",
+    "jinja2",
+    "psutil",
+)
 
 
-@pytest.mark.parametrize("command", ["plan", "validate", "status", "gc", "verify", "graph", "schema", "why", "show"])
+@pytest.mark.parametrize(
+    "command", ["plan", "validate", "status", "gc", "verify", "graph", "schema", "why", "show"]
+)
 def test_no_command_about_a_plan_loads_a_heavy_module(tmp_path, command):
-    spec = [] if command == "schema" else [str(write_spec(tmp_path)), *(["s/sft"] if command in ("why", "show") else []), "--out", str(tmp_path / "out")]
+    spec = (
+        []
+        if command == "schema"
+        else [
+            str(write_spec(tmp_path)),
+            *(["s/sft"] if command in ("why", "show") else []),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     code = (
         f"import sys; from famc.cli import main; code = main({[command, '-q', *spec]!r});"
         f"print(code, sorted(set(sys.modules) & set({HEAVY!r})), file=sys.stderr)"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from fake_build import toy_plan
+
 from famc.errors import UsageError
 from famc.select import select
 
@@ -30,7 +30,12 @@ def test_a_glob_is_every_step_that_it_matches(graph):
 
 def test_a_variant_is_the_stage_behind_it_and_all_that_is_made_of_it(graph):
     own = {n.name for n in graph.nodes.values() if (n.size, n.variant) == ("s", "instruct")}
-    assert {"s/instruct/release", "s/instruct/eval.chat", "s/instruct/export.onnx-int4", "s/instruct/gate.onnx-int4"} <= own
+    assert {
+        "s/instruct/release",
+        "s/instruct/eval.chat",
+        "s/instruct/export.onnx-int4",
+        "s/instruct/gate.onnx-int4",
+    } <= own
     assert chosen(graph, "s/instruct") == own | {"s/sft"}
     assert chosen(graph, "*/instruct") == chosen(graph, "s/instruct", "m/instruct")
 
@@ -48,8 +53,9 @@ def test_a_field_may_be_a_glob(graph):
 
 
 def test_backend_selects_by_placement(tmp_path):
-    backends = "backends: {laptop: {cpu: 2, ram: 8GB}, big: {cpu: 8, ram: 8GB}}\nplace: {default: laptop, '*/sft': big}"
-    graph = toy_plan(tmp_path, ("backends: {laptop: {cpu: 2, ram: 8GB}}", backends)).graph
+    one = "backends: {laptop: {cpu: 2, ram: 8GB}"
+    two = ", big: {cpu: 8, ram: 8GB}}\nplace: {default: laptop, '*/sft': big}"
+    graph = toy_plan(tmp_path, (one + "}", one + two)).graph
     assert chosen(graph, "backend:big") == {"s/sft", "m/sft"}
 
 
@@ -78,9 +84,12 @@ def test_a_comma_means_all(graph):
     assert chosen(graph, "kind:sft,kind:corpus") == set()
 
 
-@pytest.mark.parametrize(("state", "names"), [("new", {"s/sft"}), ("changed", {"m/sft"}), ("modified", {"s/sft", "m/sft"}), ("blocked", set())])
+@pytest.mark.parametrize(
+    ("state", "names"),
+    [("new", {"s/sft"}), ("changed", {"m/sft"}), ("modified", {"s/sft", "m/sft"}), ("blocked", set())],
+)
 def test_a_state_is_that_of_the_plan(graph, state, names):
-    states = {name: "cached" for name in graph.nodes} | {"s/sft": "new", "m/sft": "changed"}
+    states = dict.fromkeys(graph.nodes, "cached") | {"s/sft": "new", "m/sft": "changed"}
     assert chosen(graph, f"state:{state}", states=states) == names
 
 

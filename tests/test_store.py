@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from fake_build import write_spec
+
 from famc.errors import StoreError
 from famc.store import RECORD, Store, canonical, digest, read_record
 
@@ -22,9 +22,13 @@ NAME = "s/instruct/export.onnx-int4"
 FILES = {"config.json": b"{}\n", "onnx/model.onnx": bytes(range(64)), "empty": b""}
 
 
-def made(store: Store, name: str = NAME, key: str = KEY, files: dict[str, bytes] = FILES, **record: Any) -> Path:
+def made(
+    store: Store, name: str = NAME, key: str = KEY, files: dict[str, bytes] = FILES, **record: Any
+) -> Path:
     fill(store, name, key, files)
-    return store.commit(name, key, {"name": name, "key": key, "content": "c", "metrics": {"loss": 0.5}, **record})
+    return store.commit(
+        name, key, {"name": name, "key": key, "content": "c", "metrics": {"loss": 0.5}, **record}
+    )
 
 
 def fill(store: Store, name: str = NAME, key: str = KEY, files: dict[str, bytes] = FILES) -> Path:
@@ -35,7 +39,7 @@ def fill(store: Store, name: str = NAME, key: str = KEY, files: dict[str, bytes]
     return folder
 
 
-# --- one folder an artifact ----------------------------------------------------------------------------------------------
+# --- one folder an artifact -------------------------------------------------------------------------------
 
 
 def test_a_nested_address_is_a_nested_folder_with_the_keys_first_twelve_digits(tmp_path):
@@ -51,7 +55,10 @@ def test_the_record_says_what_it_was_given_and_hashes_every_file(tmp_path):
     record = read_record(made(store))
     assert record["name"] == NAME
     assert record["metrics"] == {"loss": 0.5}
-    assert record["files"]["config.json"] == {"sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356", "bytes": 3}
+    assert record["files"]["config.json"] == {
+        "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",
+        "bytes": 3,
+    }
 
 
 def test_numbers_that_json_does_not_have_become_null(tmp_path):
@@ -110,6 +117,16 @@ def test_commit_replaces_a_folder_whose_record_was_lost(tmp_path):
     assert not (folder / "junk").exists()
 
 
+def test_everything_is_on_disk_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch):
+    store, synced = Store(tmp_path), []
+    partial = fill(store)
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink()))
+    folder = store.commit(NAME, KEY, {})
+    order = [Path(p).relative_to(partial).as_posix() for p in synced[:-1]]
+    assert order == ["config.json", "empty", "onnx/model.onnx", f"{RECORD}.tmp", "onnx", "."]
+    assert Path(synced[-1]) == folder.parent
+
+
 def test_commit_refuses_a_link_to_what_may_change(tmp_path):
     store = Store(tmp_path)
     (fill(store) / "weights").symlink_to(tmp_path)
@@ -117,7 +134,7 @@ def test_commit_refuses_a_link_to_what_may_change(tmp_path):
         store.commit(NAME, KEY, {})
 
 
-# --- a crash at any moment -----------------------------------------------------------------------------------------------
+# --- a crash at any moment --------------------------------------------------------------------------------
 
 
 class Crash(BaseException):
@@ -125,7 +142,7 @@ class Crash(BaseException):
 
 
 class Clock:
-    """Counts what is done to files below a folder, by Python's audit events, and stops the machine at the n-th."""
+    """Counts what is done to files in a folder, by Python's audit events; stops the machine at the n-th."""
 
     def __init__(self) -> None:
         self.root, self.left = "\0", -1
@@ -209,7 +226,7 @@ def test_a_crash_during_remove_leaves_a_whole_artifact_or_none(tmp_path, clock):
         assert not store.has(NAME, KEY) or store.verify(store.path(NAME, KEY)) == []
 
 
-# --- nobody changes one unnoticed ----------------------------------------------------------------------------------------
+# --- nobody changes one unnoticed -------------------------------------------------------------------------
 
 
 def test_verify_finds_one_flipped_bit_in_any_byte_of_any_file(tmp_path):
@@ -219,7 +236,8 @@ def test_verify_finds_one_flipped_bit_in_any_byte_of_any_file(tmp_path):
     for path in (p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
         for index in range(len(data)):
-            for bit in {index % 8, 5 if data[index] == ord("e") else 0}:  # 1e-05 into 1E-05: the same number
+            # 1E-05 is the same number as 1e-05, but not the same record
+            for bit in (index % 8, 5) if data[index] == ord("e") else (index % 8,):
                 path.write_bytes(data[:index] + bytes([data[index] ^ 1 << bit]) + data[index + 1 :])
                 faults = store.verify(folder)
                 assert faults, f"{path.name}: bit {bit} of byte {index} ({chr(data[index])!r})"
@@ -232,10 +250,18 @@ def test_verify_finds_one_flipped_bit_in_any_byte_of_any_file(tmp_path):
     [
         (lambda f: (f / "config.json").unlink(), "config.json", "is missing"),
         (lambda f: (f / "config.json").write_bytes(b"{}"), "config.json", "has 2 bytes, the record says 3"),
-        (lambda f: (f / "config.json").write_bytes(b"[]\n"), "config.json", "has other content than the record says"),
+        (
+            lambda f: (f / "config.json").write_bytes(b"[]\n"),
+            "config.json",
+            "has other content than the record says",
+        ),
         (lambda f: (f / "onnx/more").write_bytes(b""), "onnx/more", "is not in the record"),
         (lambda f: (f / "dangling").symlink_to("nowhere"), "dangling", "is not in the record"),
-        (lambda f: (f / RECORD).unlink(), RECORD, "its record can't be read: [Errno 2] No such file or directory"),
+        (
+            lambda f: (f / RECORD).unlink(),
+            RECORD,
+            "its record can't be read: [Errno 2] No such file or directory",
+        ),
         (lambda f: (f / RECORD).write_text("[]"), RECORD, "its record is damaged"),
         (lambda f: (f / RECORD).write_text('{"files": {"a": 3}}'), RECORD, "its record is damaged"),
     ],
@@ -257,7 +283,7 @@ def test_a_record_that_was_edited_with_care_is_found(tmp_path):
     assert [(f.file, f.what) for f in store.verify(folder)] == [(RECORD, "is not as it was signed")]
 
 
-# --- early cut-off, removal ----------------------------------------------------------------------------------------------
+# --- early cut-off, removal -------------------------------------------------------------------------------
 
 
 def test_reuse_makes_a_new_artifact_of_the_same_files(tmp_path):
@@ -318,7 +344,7 @@ def test_remove_deletes_the_record_first(tmp_path, monkeypatch):
     assert not store.has(NAME, KEY)
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------------------
 
 
 class Odd:
@@ -328,27 +354,42 @@ class Odd:
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        (Odd(), "Odd"), ({1, 2}, "set"), (Path("x"), "Path"), (b"x", "bytes"), (math.nan, "nan"), ({"a": [math.inf]}, "inf"),
-        ({1: "a"}, "int"), ({None: 1}, "NoneType"), ({"a": (Odd(),)}, "Odd"),
+        (Odd(), "Odd"),
+        ({1, 2}, "set"),
+        (Path("x"), "Path"),
+        (b"x", "bytes"),
+        (math.nan, "nan"),
+        ({"a": [math.inf]}, "inf"),
+        ({1: "a"}, "int"),
+        ({None: 1}, "NoneType"),
+        ({"a": (Odd(),)}, "Odd"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_stable_form_is_refused_by_name(value, named):
     with pytest.raises(TypeError, match=named):
         digest(value)
 
 
 def test_one_value_has_one_spelling():
-    assert canonical({"b": 1, "a": (1, 2.5, None, True, "é")}) == canonical({"a": [1, 2.5, None, True, "é"], "b": 1})
+    assert canonical({"b": 1, "a": (1, 2.5, None, True, "é")}) == canonical(
+        {"a": [1, 2.5, None, True, "é"], "b": 1}
+    )
     assert canonical({"a": 1}) != canonical({"a": "1"})
     assert canonical([1]) != canonical([True])
 
 
 def test_keys_do_not_depend_on_the_hash_seed(tmp_path):
     spec = write_spec(tmp_path)
-    code = f"from famc.graph import open_family; from famc.plan import keys; from pathlib import Path; print(keys(open_family(Path({str(spec)!r}))))"
+    code = (
+        "from famc.graph import open_family; from famc.plan import keys; from pathlib import Path\n"
+        f"print(keys(open_family(Path({str(spec)!r}))))"
+    )
     seen = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
         ).stdout
         for seed in ("0", "77")
     }

@@ -244,6 +244,15 @@ class Names:
 
     def default_data(self, suite: str, task: str) -> str | None:
         """The source that a task reads when the spec names none: what its variants were trained on."""
+        if (suite, task) not in self._defaults:
+            self._defaults[suite, task] = self._default_data(suite, task)
+        return self._defaults[suite, task]
+
+    @cached_property
+    def _defaults(self) -> dict[tuple[str, str], str | None]:
+        return {}
+
+    def _default_data(self, suite: str, task: str) -> str | None:
         wanted = others.FORMATS.get(task)
         if wanted is None:
             return None
@@ -253,9 +262,9 @@ class Names:
         for name, variant in self.family.variants.items():
             if variant.eval != suite:
                 continue
-            for size in self.family.sizes_of(variant.sizes):
-                stage = self.family.stage_of(name, size)
-                for ancestor in self.lineage(stage) if stage else ():
+            made = (self.family.stage_of(name, size) for size in self.family.sizes_of(variant.sizes))
+            for stage in dict.fromkeys(s for s in made if s):
+                for ancestor in self.lineage(stage):
                     data = getattr(self.family.stages[ancestor], "data", None)
                     if data is not None:
                         _, mix, fmt = self.mix_of(ancestor, data)

@@ -18,8 +18,8 @@ from famc.report.tables import show_seconds
 from famc.store import finite
 
 _KEEP = (
-    "loss", "bits_per_byte", "answer_loss", "chrf", "preference_accuracy", "kl", "perplexity_ratio", "bytes_per_token",
-    "tokens_per_second",
+    "loss", "bits_per_byte", "answer_loss", "chrf", "preference_accuracy", "kl", "perplexity_ratio",
+    "bytes_per_token", "tokens_per_second",
 )  # fmt: skip
 
 
@@ -56,7 +56,9 @@ def describe(event: dict[str, Any]) -> str:
     if kind == "start":
         return f"start    {step} (planned {show_seconds(event['seconds'])})"
     if kind == "done":
-        facts = ", ".join(f"{k} {v:.4g}" for k, v in event["metrics"].items() if k in _KEEP and isinstance(v, int | float))
+        facts = ", ".join(
+            f"{k} {v:.4g}" for k, v in event["metrics"].items() if k in _KEEP and isinstance(v, int | float)
+        )
         return f"done     {step} in {show_seconds(event['seconds'])}" + (f": {facts}" if facts else "")
     if kind == "reused":
         return f"kept     {step}: its inputs were rebuilt byte-identical"
@@ -73,7 +75,9 @@ class Live(Lines):
 
         self.console = Console(file=stream, highlight=False)
         self.running: dict[str, dict[str, Any]] = {}
-        self.live = RichLive(console=self.console, refresh_per_second=4, get_renderable=self._table, transient=True)
+        self.live = RichLive(
+            console=self.console, refresh_per_second=4, get_renderable=self._table, transient=True
+        )
 
     def __enter__(self) -> Live:
         self.live.start()
@@ -99,13 +103,21 @@ class Live(Lines):
         for name, event in list(self.running.items()):
             last = last_progress(Path(event["metrics"]))
             spent = time.monotonic() - event["at"]
-            share = last["done"] / last["total"] if last and last.get("total") else min(0.99, spent / max(event["seconds"], 0.1))
+            share = (
+                last["done"] / last["total"]
+                if last and last.get("total")
+                else min(0.99, spent / max(event["seconds"], 0.1))
+            )
             left = spent / share - spent if share > 0.02 else max(0.0, event["seconds"] - spent)
-            facts = " ".join(f"{k} {last[k]:.4g}" for k in ("loss", "tokens_per_second") if last and k in last)
+            facts = " ".join(
+                f"{k} {last[k]:.4g}" for k in ("loss", "tokens_per_second") if last and k in last
+            )
             bar = "█" * round(share * 16) + "░" * (16 - round(share * 16))
             table.add_row(name, bar, f"{share:4.0%}", facts, f"{show_seconds(spent)} + {show_seconds(left)}")
         total = len(self.plan.to_run)
-        table.add_row(f"{self.count}/{total} steps", "", "", "", show_seconds(time.monotonic() - self.started))
+        table.add_row(
+            f"{self.count}/{total} steps", "", "", "", show_seconds(time.monotonic() - self.started)
+        )
         return table
 
 

@@ -1,4 +1,6 @@
-"""Plans, steps and builds as text for a terminal. In: Plan, Planned, Node. Out: lines; the caller prints them."""
+"""Plans, steps and builds as text for a terminal. In: Plan, Planned, Node. Out: lines; the caller prints
+them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[st
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numbers = set(right)
     return [
-        "  ".join(cell.rjust(w) if i in numbers else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.rjust(w) if i in numbers else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
 
@@ -48,7 +53,17 @@ def layout_text(step: Planned) -> str:
     if step.hardware.accelerator.kind == "cpu":
         text = f"{step.threads} thread{'s' if step.threads > 1 else ''}"
     else:
-        parts = [f"{n}{v}" for n, v in (("dp", layout.dp_replicate), ("fsdp", layout.dp_shard), ("tp", layout.tp), ("cp", layout.cp), ("pp", layout.pp)) if v > 1]
+        parts = [
+            f"{n}{v}"
+            for n, v in (
+                ("dp", layout.dp_replicate),
+                ("fsdp", layout.dp_shard),
+                ("tp", layout.tp),
+                ("cp", layout.cp),
+                ("pp", layout.pp),
+            )
+            if v > 1
+        ]
         text = f"{layout.nodes}x{layout.devices // layout.nodes} {' '.join(parts)}".strip()
     if step.node.work.mode == "train":
         text += f" mb{layout.micro_batch}x{layout.grad_accum} {layout.precision}"
@@ -58,7 +73,7 @@ def layout_text(step: Planned) -> str:
 
 
 def plan_lines(plan: Plan, *, everything: bool = False) -> list[str]:
-    """The table of a plan, its reasons, its totals. Cached steps are counted, not listed, unless asked for."""
+    """The table of a plan, its reasons, its totals. Cached steps are counted; listed if asked for."""
     steps = [s for s in plan.steps.values() if everything or s.status != "cached"]
     lines: list[str] = []
     if steps:
@@ -66,16 +81,26 @@ def plan_lines(plan: Plan, *, everything: bool = False) -> list[str]:
         for s in steps:
             rows.append(
                 [
-                    s.name, s.status, s.hardware.name, layout_text(s), memory_bar(s),
+                    s.name,
+                    s.status,
+                    s.hardware.name,
+                    layout_text(s),
+                    memory_bar(s),
                     show_count(s.node.work.tokens) if s.node.work.tokens else "",
-                    show_seconds(s.seconds), f"${s.cost_usd:,.2f}" if s.cost_usd >= 0.005 else "-",
-                ]  # fmt: skip
+                    show_seconds(s.seconds),
+                    f"${s.cost_usd:,.2f}" if s.cost_usd >= 0.005 else "-",
+                ]
             )
         lines += columns(rows, right=(5, 6, 7))
         lines.append("")
         reasons = [f"  {s.name}: {'; '.join(s.because)}" for s in steps if s.because and not _inherited(s)]
         if reasons:
-            lines += ["why:", *reasons[:40], *([f"  … and {len(reasons) - 40} more (famc why STEP)"] if len(reasons) > 40 else []), ""]
+            lines += [
+                "why:",
+                *reasons[:40],
+                *([f"  … and {len(reasons) - 40} more (famc why STEP)"] if len(reasons) > 40 else []),
+                "",
+            ]
     lines += total_lines(plan)
     return lines
 
@@ -94,11 +119,14 @@ def total_lines(plan: Plan) -> list[str]:
         return [f"{totals['steps']} steps: {counted}. Nothing to do."]
     bases = sorted({s.basis for s in todo})
     hardware = {s.hardware.name: s.hardware for s in todo}
-    price = "; ".join(f"{name}: ${h.usd_per_device_hour:g} a device-hour ({h.price_basis})" for name, h in hardware.items())
+    price = "; ".join(
+        f"{name}: ${h.usd_per_device_hour:g} a device-hour ({h.price_basis})" for name, h in hardware.items()
+    )
     return [
         f"{totals['steps']} steps: {counted}",
-        f"to run: {show_seconds(plan.makespan_seconds)} of wall time, {totals['device_hours']:,.2f} device-hours, "
-        f"${totals['cost_usd']:,.2f}, {totals['energy_kwh']:,.3g} kWh, {totals['co2e_kg']:,.3g} kg CO2e ({' and '.join(bases)})",
+        f"to run: {show_seconds(plan.makespan_seconds)} of wall time, "
+        f"{totals['device_hours']:,.2f} device-hours, ${totals['cost_usd']:,.2f}, "
+        f"{totals['energy_kwh']:,.3g} kWh, {totals['co2e_kg']:,.3g} kg CO2e ({' and '.join(bases)})",
         f"prices: {price}",
     ]
 
@@ -107,7 +135,9 @@ def show_lines(node: Node, step: Planned | None) -> list[str]:
     """A step with every value and where it came from."""
     rows = [["value", "is", "from"]]
     for name, value in _flat(node.params):
-        rows.append([name, _short(value), node.origins.get(name) or node.origins.get(name.partition(".")[0], "")])
+        rows.append(
+            [name, _short(value), node.origins.get(name) or node.origins.get(name.partition(".")[0], "")]
+        )
     for name, value in _flat(node.runtime):
         rows.append([name, _short(value), (node.origins.get(name) or "") + " (not in the key)"])
     lines = [f"{node.name}  ({node.kind})", "", *columns(rows)]
@@ -116,8 +146,17 @@ def show_lines(node: Node, step: Planned | None) -> list[str]:
     if node.after:
         lines += ["", "after:", *(f"  {need}" for need in node.after)]
     if step is not None:
-        lines += ["", f"key: {step.key}", f"status: {step.status}", *(f"  {reason}" for reason in step.because)]
-        lines += ["", f"runs on {step.hardware.name}: {layout_text(step)}, {show_bytes(step.memory.total)}, {show_seconds(step.seconds)} ({step.basis})"]
+        lines += [
+            "",
+            f"key: {step.key}",
+            f"status: {step.status}",
+            *(f"  {reason}" for reason in step.because),
+        ]
+        lines += [
+            "",
+            f"runs on {step.hardware.name}: {layout_text(step)}, {show_bytes(step.memory.total)}, "
+            f"{show_seconds(step.seconds)} ({step.basis})",
+        ]
         lines += [f"  {why}" for why in (*step.layout.why, step.precision_why) if why]
     return lines
 
@@ -153,18 +192,24 @@ def mermaid(graph: Any, names: Iterable[str]) -> list[str]:
         lines.append("  end")
     for name in wanted:
         node = graph.nodes[name]
-        lines += [f"  {ids[need]} --> {ids[name]}" for need in node.inputs.values() if need in ids]
-        lines += [f"  {ids[need]} -.-> {ids[name]}" for need in node.after if need in ids and need not in node.inputs.values()]
-    return list(dict.fromkeys(lines))
+        read = dict.fromkeys(node.inputs.values())  # a step may read another in several roles
+        lines += [f"  {ids[need]} --> {ids[name]}" for need in read if need in ids]
+        lines += [
+            f"  {ids[need]} -.-> {ids[name]}" for need in node.after if need in ids and need not in read
+        ]
+    return lines
 
 
 def dot(graph: Any, names: Iterable[str]) -> list[str]:
     """The graph in Graphviz's language."""
     wanted = list(names)
+    shown = set(wanted)
     lines = ["digraph family {", "  rankdir=LR; node [shape=box];"]
     lines += [f'  "{n}" [label="{n}\\n{graph.nodes[n].kind}"];' for n in wanted]
     for name in wanted:
         node = graph.nodes[name]
-        lines += [f'  "{need}" -> "{name}";' for need in dict.fromkeys(node.inputs.values()) if need in wanted]
-        lines += [f'  "{need}" -> "{name}" [style=dashed];' for need in node.after if need in wanted and need not in node.inputs.values()]
+        read = dict.fromkeys(node.inputs.values())
+        lines += [f'  "{need}" -> "{name}";' for need in read if need in shown]
+        order = (need for need in node.after if need in shown and need not in read)
+        lines += [f'  "{need}" -> "{name}" [style=dashed];' for need in order]
     return [*lines, "}"]

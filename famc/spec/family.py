@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints
 
 from famc.spec.quantity import Bytes, Count
 
@@ -324,20 +324,26 @@ class Family(Strict):
     release: Release = Field(Release(), description="where the family goes")
     profiles: dict[Name, dict[str, Any]] = Field({}, description="named sets of overrides: path -> value")
 
+    # what sizes_of found: a pure function of a frozen value, asked thousands of times for a large family
+    _meant: dict[str | tuple[str, ...], dict[str, None]] = PrivateAttr(default_factory=dict)
+
     def sizes_of(self, wanted: str | tuple[str, ...]) -> tuple[str, ...]:
         """Sizes that `all`, a group, or a list of sizes and groups means, in the spec's order. Unknown names
         are left out.
         """
-        names = (wanted,) if isinstance(wanted, str) else wanted
-        chosen: set[str] = set()
-        for name in names:
-            chosen.update(self.sizes if name == "all" else self.groups.get(name, (name,)))
-        return tuple(size for size in self.sizes if size in chosen)
+        if wanted not in self._meant:
+            names = (wanted,) if isinstance(wanted, str) else wanted
+            chosen: set[str] = set()
+            for name in names:
+                chosen.update(self.sizes if name == "all" else self.groups.get(name, (name,)))
+            self._meant[wanted] = {size: None for size in self.sizes if size in chosen}
+        return tuple(self._meant[wanted])
 
     def stage_of(self, variant: str, size: str) -> str | None:
         """The stage whose result the variant publishes at a size; None where the variant has no such size."""
         spec = self.variants[variant]
-        if size not in self.sizes_of(spec.sizes):
+        self.sizes_of(spec.sizes)
+        if size not in self._meant[spec.sizes]:
             return None
         if isinstance(spec.stage, str):
             return spec.stage

@@ -33,6 +33,9 @@ class Dpo(Training):
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO's own loss, or IPO's")
     sft_weight: float = Field(0.2, ge=0, le=10, description="weight of the loss on the chosen answer (RPO)")
     global_batch: int | None = Field(None, ge=1, le=2**20, description="pairs a step")
+    # counted in pairs: a budget or a batch in tokens would be read by nothing
+    tokens: None = Field(None, description="not for dpo: set steps or epochs")
+    batch_tokens: None = Field(None, description="not for dpo: set global_batch")
 
     def amount(self, values: Mapping[str, Any], data: Amount) -> tuple[float, float]:
         batch = float(values["global_batch"])

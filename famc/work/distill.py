@@ -1,8 +1,8 @@
 """`distill`, off-policy: the student follows the teacher's distribution on given text, token by token.
 
 In: tokenizer, a mix (text or messages), the teacher, the parent if there is one. Out: a model folder.
-Loss: alpha x T^2 x distance + (1 - alpha) x next-token loss (Hinton et al., arXiv 1503.02531, section 2); the distance is
-forward KL, reverse KL or Jensen–Shannon (GKD, arXiv 2306.13649, section 3).
+Loss: alpha x T^2 x distance + (1 - alpha) x next-token loss (Hinton et al., arXiv 1503.02531, section 2);
+the distance is forward KL, reverse KL or Jensen–Shannon (GKD, arXiv 2306.13649, section 3).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     theirs = AutoConfig.from_pretrained(inputs["teacher"], local_files_only=True)
     if theirs.vocab_size != job.params["shape"]["vocab"]:
         raise StepFailed(
-            f"{job.name}: the teacher has {theirs.vocab_size} rows of vocabulary, the student {job.params['shape']['vocab']}",
+            f"{job.name}: the teacher has {theirs.vocab_size} rows of vocabulary, "
+            f"the student {job.params['shape']['vocab']}",
             "teacher and student must share one tokenizer",
         )
     teacher = AutoModelForCausalLM.from_pretrained(
@@ -69,7 +70,9 @@ def follow(teacher: Any, job: Job) -> Blend:
 
 
 def distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
-    """[tokens] distances between two rows of logits: forward_kl = KL(teacher || student), reverse_kl, or jsd at 1/2."""
+    """[tokens] distances between rows of logits: forward_kl = KL(teacher || student), reverse_kl, jsd at
+    1/2.
+    """
     mine, theirs = torch.log_softmax(student, dim=-1), torch.log_softmax(teacher, dim=-1)
     if kind == "forward_kl":
         return _kl(theirs, mine)

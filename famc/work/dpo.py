@@ -1,6 +1,7 @@
 """`dpo`: trl's DPOTrainer against the frozen parent, whose log-probabilities are computed once.
 
-In: tokenizer, a mix of preference pairs, the parent. Out: a model folder. Metrics: margins, accuracy, length bias.
+In: tokenizer, a mix of preference pairs, the parent. Out: a model folder. Metrics: margins, accuracy, length
+bias.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from famc.work.training import (
 
 
 class PairTrainer(DPOTrainer):  # type: ignore[misc]  # trl is untyped
-    """DPOTrainer with a loss on the chosen answer: its mean negative log-probability a token, averaged over pairs (RPO,
-    arXiv 2404.19733, eq. 2). trl's own averages over the tokens of a micro-batch, so that its size would change the result.
+    """DPOTrainer with a loss on the chosen answer: its mean negative log-probability a token, averaged over
+    pairs (RPO, arXiv 2404.19733, eq. 2). trl's own averages over the tokens of a micro-batch, so that its
+    size would change the result.
     """
 
     def __init__(self, *args: Any, sft_weight: float, **kwargs: Any) -> None:
@@ -118,7 +120,7 @@ _REPORTED = {
 
 
 def length_bias(pairs: list[dict[str, Any]]) -> dict[str, float]:
-    """How far length alone tells chosen from rejected: the accuracy of `the longer one`, and mean characters of both."""
+    """How far length tells chosen from rejected: how often the longer is chosen, and mean characters."""
 
     def characters(side: str, pair: dict[str, Any]) -> int:
         return sum(len(m["content"]) for m in pair[side])

@@ -1,7 +1,8 @@
 """Optimisers and schedules. In: a model and a step's resolved values. Out: what Trainer steps.
 
-AdamW with decay on matrices only; or Muon (arXiv 2502.16982: orthogonalised momentum, updates scaled to AdamW's size) on
-the matrices inside the blocks with AdamW on embeddings, head and vectors.
+AdamW with decay on matrices only; or Muon (arXiv 2502.16982: orthogonalised momentum, updates scaled to
+AdamW's size) on the matrices inside the blocks, with AdamW on stacked experts (decayed, as they are matrices)
+and on embeddings, head and vectors (not decayed).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _adamw(groups: list[tuple[list[torch.nn.Parameter], float]], rate: float, be
 
 
 class Pair(Optimizer):
-    """Two optimisers that step, save and load as one. Their parameter groups are shared, so one schedule rules both."""
+    """Two optimisers that step, save and load as one. They share their groups: one schedule rules both."""
 
     def __init__(self, first: Optimizer, second: Optimizer) -> None:
         self.both = (first, second)
@@ -73,7 +74,7 @@ class Pair(Optimizer):
 
 
 def schedule(params: Mapping[str, Any], steps: int) -> Callable[[int], float]:
-    """Share of the peak at a step: linear warm-up, then cosine | linear | constant | wsd | decay to `lr.min_ratio`."""
+    """Share of the peak at a step: linear warm-up, then the schedule's fall to `lr.min_ratio`."""
     kind, low = params["lr.schedule"], params["lr.min_ratio"]
     warm = 0 if kind == "decay" else max(1, round(params["lr.warmup"] * steps))
     decay = max(1, round(params["lr.decay"] * steps))

@@ -1,4 +1,7 @@
-"""`pretrain`: next-token prediction on packed text. In: tokenizer, mix, the parent when continued. Out: a model folder."""
+"""`pretrain`: next-token prediction on packed text.
+
+In: tokenizer, mix, the parent when continued. Out: a model folder.
+"""
 
 from __future__ import annotations
 

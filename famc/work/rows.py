@@ -1,7 +1,8 @@
 """Training rows: what a mix holds -> arrays of input_ids, labels (already shifted) and position_ids.
 
-Text: the flat token stream cut into rows; a document begins at its <|endoftext|>, where positions start again.
-Messages: whole conversations, best fit into rows; positions start again at each, the rest is padding without labels.
+Text: the flat token stream cut into rows; an <|endoftext|> ends a document and begins the next: positions
+start again there. Messages: whole conversations, best fit into rows; positions start again at each, the rest
+is padding without labels.
 Document isolation comes from position_ids alone (transformers makes the block-diagonal mask from them).
 """
 
@@ -71,7 +72,9 @@ def text_rows(stream: Array, eot: int, context: int) -> Rows:
 
 
 def chat_rows(records: Iterator[Mapping[str, Any]], tokenizer: Any, context: int, *, loss_on: str) -> Rows:
-    """Conversations -> packed rows. One longer than a row is cut; without an assistant token left it is dropped."""
+    """Conversations -> packed rows. What is longer than a row is cut; with no assistant's token left,
+    dropped.
+    """
     encoded: list[tuple[list[int], list[int]]] = []
     truncated = dropped = 0
     for record in records:

@@ -1,8 +1,9 @@
 """The warm server of a local build: imports torch and transformers once, then forks a process for each job.
 
-In, on stdin: one job file's path a line, as JSON. Out, on stdout: `[PATH, CODE]` when its job has ended. End of stdin
-means that the build is gone: the jobs are killed and the server ends, so nothing trains beside the next build. The
-server only imports and forks: a process that had run multi-threaded torch operations could not be forked safely.
+In, on stdin: one job file's path a line, as JSON. Out, on stdout: `[PATH, CODE]` when its job has ended.
+End of stdin means that the build is gone: the jobs are killed and the server ends, so nothing trains
+beside the next build. The server only imports and forks: a process that had run multi-threaded torch
+operations could not be forked safely.
 """
 
 from __future__ import annotations

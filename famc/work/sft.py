@@ -1,4 +1,7 @@
-"""`sft`: the loss is on the assistant's tokens. In: tokenizer, a mix of messages, the parent. Out: a model folder."""
+"""`sft`: the loss is on the assistant's tokens.
+
+In: tokenizer, a mix of messages, the parent. Out: a model folder.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The one training loop of all packed kinds: model, optimiser, schedule, checkpoints, on transformers' Trainer.
+"""The one training loop of all packed kinds, on transformers' Trainer.
 
-In: a job, a model, rows. Out: a Hugging Face model folder. The order of rows is a function of seed and step alone, so a
-killed job that resumes, or another micro-batch, reads the same rows. Checkpoints lie in `<partial>/checkpoints`.
+In: a job, a model, rows. Out: a Hugging Face model folder. The order of rows is a function of seed and step
+alone, so a killed job that resumes, or another micro-batch, reads the same rows. Checkpoints lie in
+`<partial>/checkpoints`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TOKENIZER_FILES = (
 )
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -140,7 +141,9 @@ def attention(context: int) -> str:
 def save_model(
     model: Any, tokenizer_folder: Path, out: Path, tokenizer: Any, max_new_tokens: int = 256
 ) -> None:
-    """A complete Hugging Face folder: weights in fp32, config, generation config, tokenizer with its template."""
+    """A complete Hugging Face folder: weights in fp32, config, generation config, tokenizer with its
+    template.
+    """
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.config.use_cache = True  # Trainer and training turn it off, and would write that into config.json
@@ -156,7 +159,7 @@ def save_model(
             shutil.copyfile(tokenizer_folder / name, out / name)
 
 
-# --- budget and order ------------------------------------------------------------------------------------------------
+# --- budget and order ---------------------------------------------------------------------------------------
 
 
 def row_order(rows: int, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -173,11 +176,11 @@ def step_count(params: Mapping[str, Any], rows: int, batch_rows: int) -> int:
     if params["steps"]:
         return int(params["steps"])
     if params["tokens"]:
-        return max(1, math.ceil(params["tokens"] / (batch_rows * params["context"])))
-    return max(1, math.ceil((params["epochs"] or 1.0) * rows / batch_rows))
+        return max(1, math.ceil(int(params["tokens"]) / (batch_rows * int(params["context"]))))
+    return max(1, math.ceil(float(params["epochs"] or 1.0) * rows / batch_rows))
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
+# --- the loop -----------------------------------------------------------------------------------------------
 
 
 class RowSet(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -198,13 +201,15 @@ class RowSet(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         }
 
 
-# (next-token loss, batch, logits [tokens, vocabulary], tokens that count in the global batch) -> the loss to follow
+# (next-token loss, batch, logits [tokens, vocabulary], tokens that count in the global batch)
+# -> the loss to follow
 Blend = Callable[[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, Any], torch.Tensor]
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Trainer on packed rows, whose labels are shifted already. Losses are sums over the global batch's counted tokens,
-    divided once: the same result whatever the micro-batch is."""
+    """Trainer on packed rows, whose labels are shifted already. Losses are sums over the counted tokens of
+    the global batch, divided once: the same result whatever the micro-batch is.
+    """
 
     def __init__(self, *args: Any, z_loss: float = 0.0, blend: Blend | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -223,10 +228,13 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         bare = self.accelerator.unwrap_model(model)
         adapters = hasattr(bare, "peft_config")  # their base_model is the whole model, head included
         if bare is model and not adapters and self.blend is None and not self.z_loss:
-            # nobody needs the logits: the head's loss is taken from the hidden states, half the head's time on CPUs
-            hidden = bare.base_model(
-                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-            )[0]
+            # nobody needs the logits: the head's loss is taken from the hidden states, half its time on CPUs
+            with (
+                self.accelerator.autocast()
+            ):  # the trainer wraps the whole model's forward in it, not the base's
+                hidden = bare.base_model(
+                    input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+                )[0]
             kept = labels != IGNORE
             flat = hidden.reshape(-1, hidden.shape[-1])
             if not bool(kept.all()):
@@ -249,7 +257,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Every logged step to the job's metrics file; a loss that is no number stops the step where it happened."""
+    """Every logged step to the job's metrics file; a loss that is no number stops the step where it
+    happened.
+    """
 
     def __init__(self, job: Job, tokens_a_step: float) -> None:
         self.job, self.tokens = job, tokens_a_step
@@ -263,16 +273,21 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         now, step = time.time(), state.global_step
         if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
             raise StepFailed(
-                f"{self.job.name}: the loss is {logs['loss']}, the gradient norm {logs.get('grad_norm')} at step {step} of {state.max_steps}",
+                f"{self.job.name}: the loss is {logs['loss']}, the gradient norm {logs.get('grad_norm')} "
+                f"at step {step} of {state.max_steps}",
                 "lower the learning rate, or look at the rows of that step",
             )
         if self.first is None:
             self.first = (now, step)
         speed = self.tokens * (step - self.first[1]) / (now - self.first[0]) if now > self.first[0] else 0.0
         self.job.progress(
-            step, state.max_steps, loss=logs["loss"], lr=logs["learning_rate"], grad_norm=logs.get("grad_norm", 0.0),
+            step,
+            state.max_steps,
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm", 0.0),
             tokens_per_second=round(speed, 1),
-        )  # fmt: skip
+        )
 
 
 def arguments(job: Job, out: Path, *, steps: int, batch: int) -> dict[str, Any]:
@@ -310,7 +325,9 @@ def arguments(job: Job, out: Path, *, steps: int, batch: int) -> dict[str, Any]:
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest complete checkpoint: its trainer_state.json is the last file that Trainer writes. Others are removed."""
+    """The newest complete checkpoint: its trainer_state.json is the last file that Trainer writes. Others
+    are removed.
+    """
     folder = out / CHECKPOINTS
     found = (
         sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
@@ -345,8 +362,8 @@ def train_rows(job: Job, model: Any, rows: Rows, out: Path, *, blend: Blend | No
         z_loss=float(params.get("z_loss") or 0.0),
         blend=blend,
     )
-    return {**run_trainer(trainer, out, watch, tokens=steps * batch * int(params["context"])), **rows.facts, "steps": steps,
-            "epochs": round(steps * batch / len(rows), 4)}  # fmt: skip
+    metrics = run_trainer(trainer, out, watch, tokens=steps * batch * int(params["context"]))
+    return {**metrics, **rows.facts, "steps": steps, "epochs": round(steps * batch / len(rows), 4)}
 
 
 def run_trainer(trainer: Trainer, out: Path, watch: Watch, *, tokens: float) -> dict[str, Any]:

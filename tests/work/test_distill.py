@@ -1,4 +1,6 @@
-"""Distillation: the three distances by hand, their gradients, and what alpha, temperature and the teacher do."""
+"""Distillation: the three distances by hand, their gradients, and what alpha, temperature and the teacher
+do.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def train(home: dict[str, Path], out: Path, **more: Any) -> dict[str, Any]:
     return run(make_job("distill", **more), home, out)
 
 
-# --- the distance ----------------------------------------------------------------------------------------------------
+# --- the distance -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -96,12 +98,18 @@ def test_the_blend_by_hand(kind: str) -> None:
     job = make_job("distill", alpha=alpha, temperature=temperature, loss=kind)
     teacher = temperature * torch.tensor([[P, Q]]).log()
     student = temperature * torch.tensor([Q, P]).log()
-    given = {"input_ids": torch.zeros(1, 2), "position_ids": torch.zeros(1, 2), "labels": torch.tensor([[1, IGNORE]])}
+    given = {
+        "input_ids": torch.zeros(1, 2),
+        "position_ids": torch.zeros(1, 2),
+        "labels": torch.tensor([[1, IGNORE]]),
+    }
     mixed = follow(Fixed(teacher), job)(torch.tensor(3.0), given, student, 2)
-    assert float(mixed) == pytest.approx(alpha * temperature**2 * BY_HAND[kind] / 2 + (1 - alpha) * 3.0, rel=1e-5)
+    assert float(mixed) == pytest.approx(
+        alpha * temperature**2 * BY_HAND[kind] / 2 + (1 - alpha) * 3.0, rel=1e-5
+    )
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -111,8 +119,8 @@ def test_the_student_nears_the_teacher(home: dict[str, Path], tmp_path: Path, ki
 
 
 def test_alpha_zero_is_plain_training(home: dict[str, Path], tmp_path: Path) -> None:
-    """The teacher's weight is nothing: the model is the one that pretraining makes, but for the rounding of the two
-    ways to the loss; and bit for bit the same whatever the distance is."""
+    """The teacher's weight is nothing: the model is the one that pretraining makes, but for rounding on the
+    two ways to the loss; and bit for bit the same whatever the distance is."""
     for loss in ("forward_kl", "jsd"):
         train(home, tmp_path / loss, alpha=0.0, loss=loss)
     assert same(tmp_path / "forward_kl", tmp_path / "jsd")
@@ -128,7 +136,9 @@ def test_alpha_zero_is_plain_training(home: dict[str, Path], tmp_path: Path) -> 
     [{"alpha": 0.9}, {"temperature": 4.0}, {"loss": "reverse_kl"}, {"loss": "jsd"}, {"precision": "bf16"}],
     ids=str,
 )
-def test_each_parameter_reaches_the_weights(home: dict[str, Path], tmp_path: Path, written: dict[str, Any]) -> None:
+def test_each_parameter_reaches_the_weights(
+    home: dict[str, Path], tmp_path: Path, written: dict[str, Any]
+) -> None:
     train(home, tmp_path / "plain")
     train(home, tmp_path / "changed", **written)
     assert not same(tmp_path / "plain", tmp_path / "changed")

@@ -1,4 +1,6 @@
-"""DPO: margins rise against a frozen reference, in its own loss or IPO's, with or without a loss on the chosen answer."""
+"""DPO: margins rise against a frozen reference, in its own loss or IPO's, with or without a loss on the
+chosen answer.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def preferred(model: Path, reference: Path, pairs: Path, beta: float = 0.1) -> l
         for pair in examples(pairs):
             both = []
             for side in ("chosen", "rejected"):
-                start = words.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+                start = words.apply_chat_template(
+                    pair["prompt"], add_generation_prompt=True, return_dict=True
+                )["input_ids"]
                 ids = words.apply_chat_template(pair["prompt"] + pair[side], return_dict=True)["input_ids"]
                 with torch.no_grad():
                     logp = net(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -77,7 +81,9 @@ def test_the_loss_on_the_chosen_answer_is_its_mean_a_token(home: dict[str, Path]
     net = AutoModelForCausalLM.from_pretrained(home["model"]).eval()
     means = []
     for pair in examples(home["data"]):
-        start = words.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        start = words.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         ids = words.apply_chat_template(pair["prompt"] + pair["chosen"], return_dict=True)["input_ids"]
         with torch.no_grad():
             logp = net(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -87,7 +93,9 @@ def test_the_loss_on_the_chosen_answer_is_its_mean_a_token(home: dict[str, Path]
 
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.5])
-def test_micro_batches_do_not_change_the_result(home: dict[str, Path], tmp_path: Path, sft_weight: float) -> None:
+def test_micro_batches_do_not_change_the_result(
+    home: dict[str, Path], tmp_path: Path, sft_weight: float
+) -> None:
     for micro in (4, 2, 1):
         train(home, tmp_path / str(micro), sft_weight=sft_weight, job={"micro_batch": micro})
     for micro in (2, 1):
@@ -146,7 +154,9 @@ def test_adapters_are_merged(home: dict[str, Path], tmp_path: Path) -> None:
 def test_a_trained_folder_is_complete(plain: Path) -> None:
     config = json.loads((plain / "config.json").read_text())
     assert config["use_cache"] is True
-    assert json.loads((plain / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"]
+    assert (
+        json.loads((plain / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"]
+    )
 
 
 def test_metrics_tell_margins_and_length_bias(home: dict[str, Path], tmp_path: Path) -> None:
@@ -160,13 +170,19 @@ def test_metrics_tell_margins_and_length_bias(home: dict[str, Path], tmp_path: P
 def test_length_bias_by_hand() -> None:
     say = [[{"role": "assistant", "content": "x" * n}] for n in (4, 2, 3, 3)]
     pairs = [{"chosen": say[0], "rejected": say[1]}, {"chosen": say[2], "rejected": say[3]}]
-    assert length_bias(pairs) == {"longer_is_chosen": 0.5, "characters_chosen": 3.5, "characters_rejected": 2.5}
+    assert length_bias(pairs) == {
+        "longer_is_chosen": 0.5,
+        "characters_chosen": 3.5,
+        "characters_rejected": 2.5,
+    }
 
 
 def test_a_mix_without_pairs_is_refused(home: dict[str, Path], tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     (tmp_path / "none").mkdir()
-    pq.write_table(pq.read_table(home["data"] / "examples.parquet").slice(0, 0), tmp_path / "none/examples.parquet")
+    pq.write_table(
+        pq.read_table(home["data"] / "examples.parquet").slice(0, 0), tmp_path / "none/examples.parquet"
+    )
     with pytest.raises(StepFailed, match="no preference pairs"):
         train(home | {"data": tmp_path / "none"}, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Rows: what a mix becomes, which tokens the loss counts, and that neighbours in a row don't see each other."""
+"""Rows: what a mix becomes, which tokens the loss counts, and that a row's documents are apart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rows_of(tokenizer: Any, chats: list[Any], context: int = CONTEXT, loss_on: s
     return chat_rows(iter([{"messages": chat} for chat in chats]), tokenizer, context, loss_on=loss_on)
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def test_text_rows_hold_each_token_once_and_predict_the_next() -> None:
@@ -59,7 +59,7 @@ def test_text_rows_from_disk_use_the_mix_own_end(tmp_path: Path, tokenizer: Any)
     assert (rows.position_ids[rows.input_ids == EOT] == 0).all()
 
 
-# --- conversations ---------------------------------------------------------------------------------------------------
+# --- conversations ------------------------------------------------------------------------------------------
 
 
 def test_chat_labels_are_the_assistants_words_and_the_end_of_turn(tokenizer: Any) -> None:
@@ -71,7 +71,9 @@ def test_chat_labels_are_the_assistants_words_and_the_end_of_turn(tokenizer: Any
 
 
 def test_chat_labels_are_the_inputs_shifted_within_a_conversation(tokenizer: Any) -> None:
-    """A counted label is the next input of the same conversation: none crosses into a neighbour or into padding."""
+    """A counted label is the next input of the same conversation: none crosses into a neighbour or into
+    padding.
+    """
     rows = rows_of(tokenizer, CHATS * 3, 128)
     for ids, labels, positions in zip(rows.input_ids, rows.labels, rows.position_ids, strict=True):
         for at in np.flatnonzero(labels != IGNORE):
@@ -91,7 +93,11 @@ def test_chat_positions_restart_at_each_conversation(tokenizer: Any) -> None:
     rows = rows_of(tokenizer, CHATS, 128)
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     lengths = sorted(len(encode_chat(tokenizer, chat)[0]) for chat in CHATS)
-    begins = [(r, c) for r, c in zip(*np.nonzero(rows.position_ids == 0), strict=True) if rows.input_ids[r, c] == start]
+    begins = [
+        (r, c)
+        for r, c in zip(*np.nonzero(rows.position_ids == 0), strict=True)
+        if rows.input_ids[r, c] == start
+    ]
     assert len(begins) == len(lengths)
 
 
@@ -107,7 +113,9 @@ def test_long_conversations_are_cut_and_counted(tokenizer: Any) -> None:
     long_question = [{"role": "user", "content": "Why? " * 200}, TALK[1]]
     rows = rows_of(tokenizer, [TALK, long_answer, long_question])
     assert (rows.facts["truncated"], rows.facts["dropped"], rows.facts["conversations"]) == (2, 1, 2)
-    assert (rows.input_ids == tokenizer.eos_token_id).sum() == 3  # user's and assistant's of TALK, user's of the cut one
+    assert (
+        rows.input_ids == tokenizer.eos_token_id
+    ).sum() == 3  # user's and assistant's of TALK, user's of the cut one
 
 
 def test_data_without_an_assistants_word_is_refused(tokenizer: Any) -> None:
@@ -132,7 +140,7 @@ def test_rows_are_a_function_of_the_data_alone(tmp_path: Path, tokenizer: Any) -
     assert np.array_equal(one.input_ids, two.input_ids)
 
 
-# --- isolation -------------------------------------------------------------------------------------------------------
+# --- isolation ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
@@ -159,7 +167,7 @@ def test_a_packed_conversation_has_the_logits_it_has_alone(
 def test_packed_text_is_isolated_in_every_row_of_a_batch(tmp_path: Path) -> None:
     """Rows with different borders in one batch, as micro-batches have them."""
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "m")).eval()
-    stream = np.array([5, 6, 7, EOT, 9, 10, 11, 12] + [13, EOT, 15, 16, 17, EOT, 19, 20] + [21], dtype=np.uint16)
+    stream = np.array([5, 6, 7, EOT, 9, 10, 11, 12, 13, EOT, 15, 16, 17, EOT, 19, 20, 21], dtype=np.uint16)
     rows = text_rows(stream, EOT, 8)
     ids = torch.from_numpy(rows.input_ids)
     packed = model(input_ids=ids, position_ids=torch.from_numpy(rows.position_ids), use_cache=False).logits

@@ -1,4 +1,6 @@
-"""The training loop: schedules, optimisers, budgets, and what a trained folder holds. Real runs at a tiny shape."""
+"""The training loop: schedules, optimisers, budgets, and what a trained folder holds. Real runs at a tiny
+shape.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +55,14 @@ def inputs(home: Path, *, parent: bool = False, data: str = "text") -> dict[str,
     return found | ({"model": home / "parent"} if parent else {})
 
 
-def train(home: Path, out: Path, *, kind: str = "pretrain", parent: bool = False, data: str = "text", **more: Any) -> Any:
+def train(
+    home: Path, out: Path, *, kind: str = "pretrain", parent: bool = False, data: str = "text", **more: Any
+) -> Any:
     """Metrics of a run of a kind with fields as a spec writes them."""
     return run(make_job(kind, **more), inputs(home, parent=parent, data=data), out)
 
 
-# --- schedules -------------------------------------------------------------------------------------------------------
+# --- schedules ----------------------------------------------------------------------------------------------
 
 
 def shape_of(kind: str, steps: int = 100, **lr: float) -> list[float]:
@@ -78,7 +83,7 @@ def test_every_schedule_warms_up_in_equal_steps(kind: str) -> None:
 def test_schedules_fall_to_the_last_ratio_and_never_rise_again(kind: str) -> None:
     curve = shape_of(kind)[10:]
     assert curve[-1] == pytest.approx(0.2)
-    assert all(a >= b - 1e-12 for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(curve))
 
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:
@@ -109,10 +114,12 @@ def test_without_warm_up_the_first_step_is_at_the_peak() -> None:
     assert shape_of("cosine", warmup=0.0)[0] == 1.0
 
 
-# --- optimisers ------------------------------------------------------------------------------------------------------
+# --- optimisers ---------------------------------------------------------------------------------------------
 
 
-def model_and(optimizer: str, shape: Any = SHAPE, **more: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def model_and(
+    optimizer: str, shape: Any = SHAPE, **more: Any
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     params, _ = values("pretrain", shape, optimizer=optimizer, **more)
     model = new_model(params["shape"], tiny_tokenizer(), 0)
     return model, make_optimizer(model, params)
@@ -187,7 +194,7 @@ def test_a_saved_optimiser_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -
     assert [g["lr"] for g in one.param_groups] == [g["lr"] for g in three.param_groups]
 
 
-# --- budget and order ------------------------------------------------------------------------------------------------
+# --- budget and order ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,7 +220,9 @@ def test_row_order_is_pass_after_pass_and_follows_from_the_seed() -> None:
     assert not np.array_equal(order, row_order(10, 35, 8))
 
 
-@pytest.mark.parametrize(("batch", "micro", "expected"), [(8, 4, (4, 2)), (6, 4, (2, 3)), (5, 4, (1, 5)), (4, None, (4, 1))])
+@pytest.mark.parametrize(
+    ("batch", "micro", "expected"), [(8, 4, (4, 2)), (6, 4, (2, 3)), (5, 4, (1, 5)), (4, None, (4, 1))]
+)
 def test_a_micro_batch_divides_the_global_one(
     tmp_path: Path, batch: int, micro: int | None, expected: tuple[int, int]
 ) -> None:
@@ -221,7 +230,7 @@ def test_a_micro_batch_divides_the_global_one(
     assert (made["per_device_train_batch_size"], made["gradient_accumulation_steps"]) == expected
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 def losses(log: Path) -> list[float]:
@@ -230,7 +239,9 @@ def losses(log: Path) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_micro_batches_do_not_change_the_result(home: Path, tmp_path: Path, kind: str) -> None:
-    """The global batch's counted tokens are divided by once, though rows of conversations count different numbers."""
+    """The global batch's counted tokens are divided by once, though rows of conversations count different
+    numbers.
+    """
     seen = {}
     data = {"pretrain": "text", "sft": "chat"}[kind]
     for micro in (4, 2, 1):
@@ -303,7 +314,9 @@ def test_wsd_obeys_its_decay(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["full"])
-def test_recomputing_activations_changes_nothing(home: Path, plain: Path, tmp_path: Path, recompute: str) -> None:
+def test_recomputing_activations_changes_nothing(
+    home: Path, plain: Path, tmp_path: Path, recompute: str
+) -> None:
     train(home, tmp_path, parent=True, job={"recompute": recompute})
     assert furthest(plain, tmp_path) < 1e-6
 
@@ -322,7 +335,28 @@ def test_a_mixture_of_experts_trains(home: Path, tmp_path: Path, optimizer: str)
     assert json.loads((tmp_path / "config.json").read_text())["num_local_experts"] == 4
 
 
-# --- what is saved ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", [{}, {"z_loss": 1e-4}, {"lora": {"r": 4}}], ids=["hidden", "logits", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_blocks_multiply_in_the_precision_of_the_job(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, path: dict[str, Any]
+) -> None:
+    """Whichever way the loss is taken, bf16 reaches the matrices inside the model."""
+    from transformers.models.qwen3 import modeling_qwen3
+
+    seen: set[torch.dtype] = set()
+    original = modeling_qwen3.Qwen3MLP.forward
+
+    def forward(self: Any, given: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = original(self, given)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3MLP, "forward", forward)
+    train(home, tmp_path, precision=precision, steps=1, **path)
+    assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+
+
+# --- what is saved ------------------------------------------------------------------------------------------
 
 
 def test_a_trained_folder_is_complete(home: Path) -> None:
@@ -350,9 +384,13 @@ def test_untied_weights_stay_apart(home: Path, tmp_path: Path) -> None:
 
 def test_nothing_of_the_trainer_is_left_beside_the_model(home: Path) -> None:
     found = {p.name for p in (home / "parent").iterdir()} - {"checkpoints"}
-    assert found == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} | (
-        found & {"chat_template.jinja", "special_tokens_map.json"}
-    )
+    assert found == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } | (found & {"chat_template.jinja", "special_tokens_map.json"})
 
 
 def test_continued_pretraining_extends_positions(home: Path, tmp_path: Path) -> None:
@@ -373,7 +411,9 @@ def test_adapters_are_merged_and_touch_their_targets_only(home: Path, tmp_path: 
     assert changed == {name for name in before if "q_proj" in name or "v_proj" in name}
 
 
-@pytest.mark.parametrize("field", [{"r": 8}, {"alpha": 64.0}, {"dropout": 0.5}, {"targets": ("q_proj",)}], ids=str)
+@pytest.mark.parametrize(
+    "field", [{"r": 8}, {"alpha": 64.0}, {"dropout": 0.5}, {"targets": ("q_proj",)}], ids=str
+)
 def test_each_parameter_of_adapters_is_obeyed(home: Path, tmp_path: Path, field: dict[str, Any]) -> None:
     train(home, tmp_path / "a", parent=True, lora={"r": 4})
     train(home, tmp_path / "b", parent=True, lora={"r": 4} | field)
@@ -387,13 +427,22 @@ def test_adapters_recompute_and_use_muon(home: Path, tmp_path: Path) -> None:
     assert not same(home / "parent", tmp_path / "a")
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------
+# --- what goes wrong ----------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_names_its_step(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StepFailed, match=r"t/pretrain: .* at step \d+ of 20"):
-        train(home, tmp_path, steps=20, lr={"peak": 10.0}, clip=1e9, weight_decay=10.0, betas=(0.0, 0.0), optimizer="muon",
-              z_loss=1.0, precision="fp32", job={"threads": 1})  # fmt: skip
+        train(
+            home,
+            tmp_path,
+            steps=20,
+            lr={"peak": 10.0},
+            clip=1e9,
+            weight_decay=10.0,
+            betas=(0.0, 0.0),
+            optimizer="muon",
+            z_loss=1.0,
+        )
     assert not (tmp_path / "model.safetensors").exists()
 
 
@@ -413,12 +462,15 @@ def test_weights_that_end_as_no_numbers_are_refused(home: Path, tmp_path: Path, 
     assert not (tmp_path / "model.safetensors").exists()
 
 
-# --- sft -------------------------------------------------------------------------------------------------------------
+# --- sft ----------------------------------------------------------------------------------------------------
 
 
 def test_sft_learns_the_answers_and_to_stop(home: Path, tmp_path: Path) -> None:
     """Conversations learnt by heart: greedy generation gives each answer and ends itself."""
-    chats = [*CHATS, [{"role": "user", "content": "How many ships?"}, {"role": "assistant", "content": "Seven ships."}]]
+    chats = [
+        *CHATS,
+        [{"role": "user", "content": "How many ships?"}, {"role": "assistant", "content": "Seven ships."}],
+    ]
     chat_mix(tmp_path / "chat", chats)
     given = {"tokenizer": home / "tokenizer", "data": tmp_path / "chat", "model": home / "parent"}
     job = make_job("sft", steps=150, context=128, batch_tokens=256, lr={"peak": 1e-2}, weight_decay=0.0)

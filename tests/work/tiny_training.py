@@ -1,4 +1,6 @@
-"""Jobs of the trained kinds at a tiny shape: the parameters a spec resolves to, mixes on disk, and runs of a worker."""
+"""Jobs of the trained kinds at a tiny shape: the parameters a spec resolves to, mixes on disk, and runs of a
+worker.
+"""
 
 from __future__ import annotations
 
