@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from famc.errors import StepFailed
 from famc.job import Job
 from famc.work.optim import make_optimizer, schedule
+from famc.work.likelihood import Row, score_rows
 from famc.work.rows import examples
 from famc.work.training import (
     Watch,
@@ -40,6 +41,23 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # trl is untyped
     def __init__(self, *args: Any, sft_weight: float, **kwargs: Any) -> None:
         self.sft_weight = sft_weight
         super().__init__(*args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """The reference's log-probabilities of both answers, the head run on their tokens alone: trl's own takes
+        the logits of every token, in fp32, and a third of a small job's time.
+        """
+        scored: dict[str, list[float]] = {}
+        precision = "bf16" if self.args.bf16 else "fp32"
+        for side in ("chosen", "rejected"):
+            rows = []
+            for item in dataset:
+                before, answer = item["prompt_ids"], item[f"{side}_ids"]
+                ids = [*before, *answer][: self.args.max_length]
+                rows.append(Row(ids, [at >= len(before) for at in range(len(ids))]))
+            scored[side] = [-float(score.nll.sum()) for score in score_rows(self.model.eval(), rows, precision)]
+        self.model.train()
+        with_one = dataset.add_column("ref_chosen_logps", scored["chosen"])
+        return with_one.add_column("ref_rejected_logps", scored["rejected"])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -78,7 +96,6 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         beta=params["beta"],
         max_length=params["context"],
         precompute_ref_log_probs=True,
-        precompute_ref_batch_size=64,
         train_sampling_strategy="sequential",
         activation_offloading=False,
     )

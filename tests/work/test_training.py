@@ -335,7 +335,7 @@ def test_a_mixture_of_experts_trains(home: Path, tmp_path: Path, optimizer: str)
     assert json.loads((tmp_path / "config.json").read_text())["num_local_experts"] == 4
 
 
-@pytest.mark.parametrize("path", [{}, {"z_loss": 1e-4}, {"lora": {"r": 4}}], ids=["hidden", "logits", "lora"])
+@pytest.mark.parametrize("path", [{}, {"z_loss": 1e-4}, {"lora": {"r": 4}}], ids=["plain", "z_loss", "lora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_blocks_multiply_in_the_precision_of_the_job(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, path: dict[str, Any]
