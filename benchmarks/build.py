@@ -50,7 +50,9 @@ class Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "generated" / "pydoc")
     parser.add_argument("--fresh", action="store_true", help="build in an empty folder")
     parser.add_argument("--profile", help="a profile of the spec, e.g. quick")
@@ -86,19 +88,31 @@ def build(table: Table, out: Path, options: list[str], limit: float | None) -> N
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     result = json.loads(done.stdout)
     if done.returncode:
-        table.line("famc build", f"exit {done.returncode}", json.dumps(result.get("failed") or result.get("message"))[:300], False)
+        table.line(
+            "famc build",
+            f"exit {done.returncode}",
+            json.dumps(result.get("failed") or result.get("message"))[:300],
+            False,
+        )
     compute = 0.0
     peak = 0
     for record in (out / "store").rglob("famc.json"):
         values = json.loads(record.read_text())
         peak = max(peak, values["peak_rss_bytes"])
         if values["name"] in result.get("done", ()):
-            compute += values["metrics"].get("compute_cpu_seconds", 0.0) or values["cpu_seconds"] * (values["kind"] in ("eval", "parity"))
+            compute += values["metrics"].get("compute_cpu_seconds", 0.0) or values["cpu_seconds"] * (
+                values["kind"] in ("eval", "parity")
+            )
     ran = len(result.get("done", ()))
     table.line(f"famc build {' '.join(options)}", f"{wall:.0f} s, {cpu:.0f} CPU-s, {ran} steps", f"<= {limit:.0f} s" if limit else "",
                wall <= limit if limit else None)  # fmt: skip
     if ran:
-        table.line("share of CPU time inside training and evaluation", f"{compute / cpu:.0%}", ">= 75 %", compute / cpu >= 0.75 if not options else None)
+        table.line(
+            "share of CPU time inside training and evaluation",
+            f"{compute / cpu:.0%}",
+            ">= 75 %",
+            compute / cpu >= 0.75 if not options else None,
+        )
     table.line("largest process", f"{peak / 1e9:.2f} GB", "<= 4 GB", peak <= 4e9)
 
 
@@ -116,7 +130,12 @@ def quality(table: Table, made: Plan, store: Store, *, promised: bool) -> None:
 
     sizes = list(made.family.sizes)
     base = {size: results(f"{size}/base/eval.base")["bits_per_byte"] for size in sizes}
-    chat = {(s, v): results(f"{s}/{v}/eval.chat") for s in sizes for v in ("base", "sft", "instruct") if f"{s}/{v}/eval.chat" in made.steps}
+    chat = {
+        (s, v): results(f"{s}/{v}/eval.chat")
+        for s in sizes
+        for v in ("base", "sft", "instruct")
+        if f"{s}/{v}/eval.chat" in made.steps
+    }
     gram, packed = baselines(made, store)
     for size in sizes:
         value = base[size]["value"]
@@ -126,21 +145,38 @@ def quality(table: Table, made: Plan, store: Store, *, promised: bool) -> None:
             check(f"{size}/base against {name} on the same text", text, f"< {bits:.3f}", value < bits)
     if "s/plain/eval.base" in made.steps:
         alone = results("s/plain/eval.base")["bits_per_byte"]["value"]
-        check("s/base (distilled) against s without a teacher, equal steps", f"{base['s']['value']:.4f}", f"< {alone:.4f}", base["s"]["value"] < alone)
+        check(
+            "s/base (distilled) against s without a teacher, equal steps",
+            f"{base['s']['value']:.4f}",
+            f"< {alone:.4f}",
+            base["s"]["value"] < alone,
+        )
     for size in sizes:
         ours, before = chat[size, "instruct"], chat[size, "base"]
         check(f"{size}/instruct answer loss against base", f"{ours['answer_loss']['value']:.3f}", f"< {before['answer_loss']['value']:.3f}",
               ours["answer_loss"]["value"] < before["answer_loss"]["value"])  # fmt: skip
-        check(f"{size}/instruct chrF against base", f"{ours['chrf']['value']:.3f}", f"> {before['chrf']['value']:.3f}", ours["chrf"]["value"] > before["chrf"]["value"])
+        check(
+            f"{size}/instruct chrF against base",
+            f"{ours['chrf']['value']:.3f}",
+            f"> {before['chrf']['value']:.3f}",
+            ours["chrf"]["value"] > before["chrf"]["value"],
+        )
         accuracy = ours.get("preference_accuracy_implicit", ours["preference_accuracy"])
-        check(f"{size}/instruct preference accuracy, held-out pairs", f"{accuracy['value']:.3f} ± {accuracy['stderr']:.3f}", ">= 0.65", accuracy["value"] >= 0.65)
+        check(
+            f"{size}/instruct preference accuracy, held-out pairs",
+            f"{accuracy['value']:.3f} ± {accuracy['stderr']:.3f}",
+            ">= 0.65",
+            accuracy["value"] >= 0.65,
+        )
         if (size, "sft") in chat:
             sft = chat[size, "sft"]["answer_loss"]["value"]
             worse = ours["answer_loss"]["value"] / sft - 1
             check(f"{size}: answer loss after DPO against SFT", f"{worse:+.2%}", "<= +2 %", worse <= 0.02)
         for quant in ("int8", "int4"):
             ratio = metrics(f"{size}/instruct/parity.onnx-{quant}")["perplexity_ratio"] - 1
-            check(f"{size}/instruct {quant}: perplexity against fp32", f"{ratio:+.2%}", "<= +3 %", ratio <= 0.03)
+            check(
+                f"{size}/instruct {quant}: perplexity against fp32", f"{ratio:+.2%}", "<= +3 %", ratio <= 0.03
+            )
 
 
 def baselines(made: Plan, store: Store) -> tuple[float, dict[str, float]]:
@@ -170,10 +206,19 @@ def times(made: Plan, store: Store) -> None:
     rows = []
     for step in made.steps.values():
         record = store.record(step.name, step.key)
-        rows.append((record["seconds"], step.name, record["metrics"].get("tokens_per_second"), record["peak_rss_bytes"]))
+        rows.append(
+            (
+                record["seconds"],
+                step.name,
+                record["metrics"].get("tokens_per_second"),
+                record["peak_rss_bytes"],
+            )
+        )
     print("\nslowest steps (measured seconds, tokens/s, peak memory)")
     for seconds, name, speed, peak in sorted(rows, reverse=True)[:10]:
-        print(f"  {name:<32}{seconds:7.1f} s  {f'{speed:,.0f} tokens/s' if speed else '':<20}{peak / 1e6:6.0f} MB")
+        print(
+            f"  {name:<32}{seconds:7.1f} s  {f'{speed:,.0f} tokens/s' if speed else '':<20}{peak / 1e6:6.0f} MB"
+        )
     print(f"  all steps: {sum(r[0] for r in rows):.0f} s of work")
 
 
@@ -193,7 +238,9 @@ def loop(table: Table, out: Path, steps: int = 30, rounds: int = 3) -> None:
     tokenizer = training.load_tokenizer(folders["tokenizer"])
     rows = load_rows(folders["data"], tokenizer, job.params["context"])
     batch = job.params["batch_tokens"] // job.params["context"]
-    job = type(job)(**{**job.__dict__, "params": {**job.params, "steps": steps}, "metrics": "", "seconds": 1e9})
+    job = type(job)(
+        **{**job.__dict__, "params": {**job.params, "steps": steps}, "metrics": "", "seconds": 1e9}
+    )
     bf16 = job.precision == "bf16"
 
     def ours() -> float:
@@ -207,7 +254,9 @@ def loop(table: Table, out: Path, steps: int = 30, rounds: int = 3) -> None:
         order = training.row_order(len(rows), steps * batch, 0).reshape(steps, batch)
         started = time.perf_counter()
         for chosen in order:
-            ids, labels, positions = (torch.from_numpy(a[chosen]) for a in (rows.input_ids, rows.labels, rows.position_ids))
+            ids, labels, positions = (
+                torch.from_numpy(a[chosen]) for a in (rows.input_ids, rows.labels, rows.position_ids)
+            )
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
             loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
@@ -220,7 +269,12 @@ def loop(table: Table, out: Path, steps: int = 30, rounds: int = 3) -> None:
     pairs = [(ours(), bare()) for _ in range(rounds)]
     ratios = sorted(a / b for a, b in pairs)
     best = ratios[len(ratios) // 2]
-    table.line("pretraining tokens/s, famc / bare loop (median of 3)", f"{pairs[-1][0]:,.0f} / {pairs[-1][1]:,.0f} = {best:.2f}", ">= 0.9", best >= 0.9)
+    table.line(
+        "pretraining tokens/s, famc / bare loop (median of 3)",
+        f"{pairs[-1][0]:,.0f} / {pairs[-1][1]:,.0f} = {best:.2f}",
+        ">= 0.9",
+        best >= 0.9,
+    )
 
 
 if __name__ == "__main__":

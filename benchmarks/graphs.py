@@ -28,15 +28,32 @@ STAGES = 19
 
 def spec_text(steps: int) -> str:
     """A family of about so many steps: chains of stages at as many sizes as needed."""
-    per_size = STAGES + 3 + 2  # stages; an evaluation, a card, a release; one export with its parity … see count in the output
+    per_size = (
+        STAGES + 3 + 2
+    )  # stages; an evaluation, a card, a release; one export with its parity … see count in the output
     sizes = max(1, steps // per_size)
-    lines = ["famc: 1", "family: {name: wide, license: mit}", "arch: {type: qwen3, head_dim: 32, vocab_pad: 1024, context: 64}", "sizes:"]
-    lines += [f"  z{i}: {{layers: 2, hidden: {64 + 32 * (i % 8)}, ffn: {128 + 8 * i}, heads: 2, kv_heads: 1, tie: true}}" for i in range(sizes)]
-    lines += ["tokenizer: {vocab: 1024, train_on: {mix: docs}}", "data: {sources: {docs: {pystdlib: docs}, qa: {pystdlib: questions}}}", "stages:"]
+    lines = [
+        "famc: 1",
+        "family: {name: wide, license: mit}",
+        "arch: {type: qwen3, head_dim: 32, vocab_pad: 1024, context: 64}",
+        "sizes:",
+    ]
+    lines += [
+        f"  z{i}: {{layers: 2, hidden: {64 + 32 * (i % 8)}, ffn: {128 + 8 * i}, heads: 2, kv_heads: 1, tie: true}}"
+        for i in range(sizes)
+    ]
+    lines += [
+        "tokenizer: {vocab: 1024, train_on: {mix: docs}}",
+        "data: {sources: {docs: {pystdlib: docs}, qa: {pystdlib: questions}}}",
+        "stages:",
+    ]
     lines += ["  t0: {kind: pretrain, data: docs, tokens: 10k}"]
     lines += [f"  t{i}: {{kind: sft, from: t{i - 1}, data: qa, steps: 10}}" for i in range(1, STAGES)]
     lines += ["variants:", f"  last: {{stage: t{STAGES - 1}, sizes: all, eval: chat}}"]
-    lines += ["exports: [{variants: [last], format: onnx, quant: int4}]", "backends: {here: {use: cpu, cpu: 2, ram: 8GB}}"]
+    lines += [
+        "exports: [{variants: [last], format: onnx, quant: int4}]",
+        "backends: {here: {use: cpu, cpu: 2, ram: 8GB}}",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -57,7 +74,9 @@ def fill(spec: Path, out: Path) -> int:
         folder.mkdir(parents=True)
         (folder / "model.txt").write_text(name)
         record = base_record(job, {role: outputs[a] for role, (a, _) in job.inputs.items()})
-        store.commit(name, step.key, {**record, "metrics": {}, "seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 0})
+        store.commit(
+            name, step.key, {**record, "metrics": {}, "seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 0}
+        )
         outputs[name] = store.record(name, step.key)["output"]
     return len(made.steps)
 
@@ -67,7 +86,9 @@ def measure(command: list[str], cwd: Path, runs: int = 5) -> tuple[float, float,
     walls, code = [], 0
     for _ in range(runs):
         started = time.perf_counter()
-        code = subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+        code = subprocess.run(
+            command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+        ).returncode
         walls.append(time.perf_counter() - started)
     return statistics.median(walls), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0, code
 
@@ -88,14 +109,19 @@ def peer_files(graph: dict[str, list[str]], folder: Path) -> None:
         "        yield {'name': target, 'actions': ['touch ' + target], 'file_dep': needs, 'targets': [target]}\n"
     )
     rules = [f"rule all:\n    input: {sorted(names.values())!r}\n"]
-    rules += [f"rule r{i}:\n    input: {needs!r}\n    output: {target!r}\n    shell: 'touch {{output}}'\n" for i, (target, needs) in enumerate(rows)]
+    rules += [
+        f"rule r{i}:\n    input: {needs!r}\n    output: {target!r}\n    shell: 'touch {{output}}'\n"
+        for i, (target, needs) in enumerate(rows)
+    ]
     (folder / "Snakefile").write_text("\n".join(rules))
     for target, _ in rows:
         (folder / target).write_text("")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--steps", type=int, nargs="*", default=list(LIMITS))
     args = parser.parse_args()
@@ -125,7 +151,13 @@ def main() -> int:
             print(f"            doit, nothing to do {seconds:.2f} s (exit {code})", flush=True)
             if steps <= 1_500:
                 snake = [sys.executable, "-m", "snakemake", "-c1", "--quiet", "all"]
-                subprocess.run([*snake, "--touch"], cwd=peer, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+                subprocess.run(
+                    [*snake, "--touch"],
+                    cwd=peer,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    check=False,
+                )
                 seconds, _, code = measure(snake, peer, 1)
                 print(f"            snakemake, nothing to do {seconds:.2f} s (exit {code})", flush=True)
         shutil.rmtree(folder)

@@ -16,7 +16,9 @@ import numpy as np
 class KneserNey:
     """Counts of all orders up to `order`; `log2(history, token)` is the interpolated probability's logarithm."""
 
-    def __init__(self, documents: Iterable[Sequence[int]], vocab: int, order: int = 5, start: int = 0) -> None:
+    def __init__(
+        self, documents: Iterable[Sequence[int]], vocab: int, order: int = 5, start: int = 0
+    ) -> None:
         self.order, self.vocab, self.start = order, vocab, start
         top: dict[tuple[int, ...], int] = defaultdict(int)
         for document in documents:
@@ -61,7 +63,10 @@ class KneserNey:
         """Bits that a document costs."""
         padded = [self.start] * (self.order - 1) + list(document)
         first = self.order - 1
-        return -sum(math.log2(self.probability(tuple(padded[i - first : i]), padded[i])) for i in range(first, len(padded)))
+        return -sum(
+            math.log2(self.probability(tuple(padded[i - first : i]), padded[i]))
+            for i in range(first, len(padded))
+        )
 
 
 def split(stream: np.ndarray, end: int) -> list[list[int]]:

@@ -54,7 +54,11 @@ def _tell(error: FamcError, as_json: bool) -> int:
 
 def validate(args: argparse.Namespace) -> int:
     graph = _graph(args)
-    _say(args, {"family": graph.spec.family.family.name, "steps": len(graph.nodes)}, f"{args.spec}: valid, {len(graph.nodes)} steps")
+    _say(
+        args,
+        {"family": graph.spec.family.family.name, "steps": len(graph.nodes)},
+        f"{args.spec}: valid, {len(graph.nodes)} steps",
+    )
     return 0
 
 
@@ -107,7 +111,9 @@ def build(args: argparse.Namespace) -> int:
 def status(args: argparse.Namespace) -> int:
     made = _plan(args)
     if args.json:
-        steps = [{"name": s.name, "status": s.status, "because": list(s.because)} for s in made.steps.values()]
+        steps = [
+            {"name": s.name, "status": s.status, "because": list(s.because)} for s in made.steps.values()
+        ]
         _print_json({"family": made.family.family.name, "steps": steps})
         return 0
     from famc.report.live import last_progress
@@ -116,7 +122,11 @@ def status(args: argparse.Namespace) -> int:
     rows = [["step", "status", ""]]
     for step in made.steps.values():
         progress = last_progress(Path(made.job(step.name).metrics)) if step.status != "cached" else None
-        note = f"{progress['done']:g} of {progress['total']:g} when last seen" if progress else "; ".join(step.because)
+        note = (
+            f"{progress['done']:g} of {progress['total']:g} when last seen"
+            if progress
+            else "; ".join(step.because)
+        )
         rows.append([step.name, step.status, note])
     _say(args, None, "\n".join(columns(rows)))
     return 0
@@ -147,8 +157,13 @@ def show(args: argparse.Namespace) -> int:
     names = _selected(args, made.graph, [args.step], made)
     if args.json:
         nodes = [made.graph.nodes[n] for n in names]
-        more = [{"values": n.params, "runtime": n.runtime, "origins": n.origins, "inputs": n.inputs} for n in nodes]
-        _print_json([{**made.steps[n.name].to_dict(), **values} for n, values in zip(nodes, more, strict=True)])
+        more = [
+            {"values": n.params, "runtime": n.runtime, "origins": n.origins, "inputs": n.inputs}
+            for n in nodes
+        ]
+        _print_json(
+            [{**made.steps[n.name].to_dict(), **values} for n, values in zip(nodes, more, strict=True)]
+        )
         return 0
     from famc.report.tables import show_lines
 
@@ -178,7 +193,11 @@ def verify(args: argparse.Namespace) -> int:
     told = [{"artifact": f.artifact, "file": f.file, "what": f.what} for f in faults]
     end = f"{len(faults)} damaged files" if faults else "every file is what its record says"
     lines = [*(f"{f.artifact}: {f.file} {f.what}" for f in faults), f"{len(folders)} artifacts: {end}"]
-    _say(args, {"artifacts": len(folders), "faults": told, "repaired": bool(faults and args.repair)}, "\n".join(lines))
+    _say(
+        args,
+        {"artifacts": len(folders), "faults": told, "repaired": bool(faults and args.repair)},
+        "\n".join(lines),
+    )
     if faults and args.repair:
         with locked(out):
             for name in dict.fromkeys(f.artifact for f in faults):
@@ -197,7 +216,9 @@ def gc(args: argparse.Namespace) -> int:
 
     made = _graph(args)
     out = _out(args, made)
-    graphs = [made]  # with --profile, --set and --smoke as given; and the specs as they stand, in every profile
+    graphs = [
+        made
+    ]  # with --profile, --set and --smoke as given; and the specs as they stand, in every profile
     for file in (Path(args.spec), *map(Path, args.keep or ())):
         plain = open_family(file)
         graphs += [plain, *(open_family(file, profile=profile) for profile in plain.spec.family.profiles)]
@@ -212,7 +233,12 @@ def gc(args: argparse.Namespace) -> int:
     elif garbage:
         with locked(out):
             size = sum(store.remove(path) for path in garbage)
-    result = {"removed": [str(p) for p in garbage], "bytes": size, "kept": len(found) - sum(p in found for p in garbage), "dry_run": args.dry_run}
+    result = {
+        "removed": [str(p) for p in garbage],
+        "bytes": size,
+        "kept": len(found) - sum(p in found for p in garbage),
+        "dry_run": args.dry_run,
+    }
     text = f"{len(garbage)} artifacts, {show_bytes(size)} {'would be' if args.dry_run else 'were'} removed; {result['kept']} are kept"
     _say(args, result, text)
     return 0
@@ -316,7 +342,9 @@ COMMANDS: dict[str, tuple[Command, str]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="famc", description="The family compiler: one YAML file in, a family of language models out.")
+    parser = _Parser(
+        prog="famc", description="The family compiler: one YAML file in, a family of language models out."
+    )
     from famc import __version__
 
     parser.add_argument("--version", action="version", version=f"famc {__version__}")
@@ -331,24 +359,45 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("spec", metavar="SPEC", help="the family's YAML file")
         if name in ("why", "show"):
             command.add_argument("step", metavar="STEP", help="a step, or a selector")
-        command.add_argument("--out", metavar="DIR", help="where the store and the release lie (default: generated/<family>)")
+        command.add_argument(
+            "--out", metavar="DIR", help="where the store and the release lie (default: generated/<family>)"
+        )
         command.add_argument("--profile", metavar="NAME", help="a set of overrides that the spec names")
-        command.add_argument("--set", metavar="PATH=VALUE", action="append", help="override one value; may be repeated")
-        command.add_argument("--smoke", action="store_true", help="the same graph with 2-layer models and a few steps")
+        command.add_argument(
+            "--set", metavar="PATH=VALUE", action="append", help="override one value; may be repeated"
+        )
+        command.add_argument(
+            "--smoke", action="store_true", help="the same graph with 2-layer models and a few steps"
+        )
         if name in ("plan", "build", "status", "graph"):
-            command.add_argument("--select", metavar="SELECTOR", action="append", help="steps, e.g. +0.6b/instruct, kind:export, state:changed")
+            command.add_argument(
+                "--select",
+                metavar="SELECTOR",
+                action="append",
+                help="steps, e.g. +0.6b/instruct, kind:export, state:changed",
+            )
         if name == "plan":
             command.add_argument("-o", "--output", metavar="FILE", help="write the JSON to a file as well")
             command.add_argument("--all", action="store_true", help="list cached steps too")
         if name == "build":
-            command.add_argument("--fail-fast", action="store_true", help="start nothing more once a step has failed")
+            command.add_argument(
+                "--fail-fast", action="store_true", help="start nothing more once a step has failed"
+            )
         if name == "graph":
-            command.add_argument("--format", choices=("mermaid", "dot"), default="mermaid", help="language of the picture")
+            command.add_argument(
+                "--format", choices=("mermaid", "dot"), default="mermaid", help="language of the picture"
+            )
         if name == "verify":
-            command.add_argument("--repair", action="store_true", help="remove damaged artifacts, so that build makes them again")
+            command.add_argument(
+                "--repair",
+                action="store_true",
+                help="remove damaged artifacts, so that build makes them again",
+            )
         if name == "gc":
             command.add_argument("--dry-run", action="store_true", help="tell what would be removed")
-            command.add_argument("--keep", metavar="SPEC", action="append", help="another spec whose artifacts are kept")
+            command.add_argument(
+                "--keep", metavar="SPEC", action="append", help="another spec whose artifacts are kept"
+            )
     return parser
 
 

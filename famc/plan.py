@@ -202,7 +202,9 @@ def keys(graph: Graph) -> dict[str, str]:
     return result
 
 
-def plan(graph: Graph, out: Path, *, names: Iterable[str] | None = None, local: Accelerator | None = None) -> Plan:
+def plan(
+    graph: Graph, out: Path, *, names: Iterable[str] | None = None, local: Accelerator | None = None
+) -> Plan:
     """Plan the steps named (default: all) and what they need. Raises FitError with every step that fits no layout.
 
     `out` holds the store. `local` is this machine (default: looked at), for backends that name no accelerator.
@@ -271,7 +273,10 @@ def _use(name: str, use: BackendUse, folder: Path, here: Any) -> Hardware:
     elif use.usd_per_hour is not None:
         price, basis = use.usd_per_hour / devices, "spec"
     elif accelerator.usd_per_hour is not None:
-        price, basis = accelerator.usd_per_hour.on_demand, f"{accelerator.usd_per_hour.source}, {accelerator.usd_per_hour.date}"
+        price, basis = (
+            accelerator.usd_per_hour.on_demand,
+            f"{accelerator.usd_per_hour.source}, {accelerator.usd_per_hour.date}",
+        )
     else:
         price, basis = 0.0, "none known"
     return Hardware(name, accelerator, use.nodes, devices, use.scheduler, price, basis)
@@ -311,7 +316,13 @@ def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
         held = memory.inference(node.shape, layout, context, kind=device.kind)
         while held.total > device.usable and layout.tp < where.per_node:
             tp = layout.tp * 2
-            layout = Layout(devices=tp, tp=tp, micro_batch=8, precision=layout.precision, why=(f"weights over {tp} devices",))
+            layout = Layout(
+                devices=tp,
+                tp=tp,
+                micro_batch=8,
+                precision=layout.precision,
+                why=(f"weights over {tp} devices",),
+            )
             held = memory.inference(node.shape, layout, context, kind=device.kind)
         if held.total > device.usable:
             raise DoesNotFit(held.biggest, "use a backend with more memory", held, device.usable)
@@ -324,7 +335,9 @@ def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
     else:
         held = PLAIN_MEMORY
     seconds = 0.5 + work.cpu_seconds
-    return Planned(node, key, "new", (), where, layout, held, device.usable, seconds, 0.0, work.basis, "", threads)
+    return Planned(
+        node, key, "new", (), where, layout, held, device.usable, seconds, 0.0, work.basis, "", threads
+    )
 
 
 def _threads(node: Node, cores: int) -> int:
@@ -389,13 +402,17 @@ def explain(node: Node, steps: Mapping[str, Planned], older: Path) -> list[str]:
         if before.get(name) != now.get(name):
             origin = node.origins.get(name.partition(".")[0]) or node.origins.get(name)
             place = f" ({origin})" if origin and name in now else ""
-            reasons.append(f"{name}: {_short(before.get(name, 'not set'))} -> {_short(now.get(name, 'not set'))}{place}")
+            reasons.append(
+                f"{name}: {_short(before.get(name, 'not set'))} -> {_short(now.get(name, 'not set'))}{place}"
+            )
     old_inputs = old.get("inputs", {})
     for role, need in node.inputs.items():
         if role not in old_inputs:
             reasons.append(f"new input {need}")
         elif old_inputs[role] != steps[need].key:
-            reasons.append(f"needs {need}, which {'changed' if steps[need].status != 'cached' else 'is another one'}")
+            reasons.append(
+                f"needs {need}, which {'changed' if steps[need].status != 'cached' else 'is another one'}"
+            )
     reasons += [f"no longer reads {role}" for role in sorted(set(old_inputs) - set(node.inputs))]
     return reasons
 
@@ -444,7 +461,9 @@ def _makespan(plan: Plan) -> float:
             continue
         hardware = step.hardware
         cpu = hardware.accelerator.kind == "cpu"
-        lanes = free.setdefault(hardware.name, [0.0] * (hardware.accelerator.device.cores if cpu else hardware.nodes))
+        lanes = free.setdefault(
+            hardware.name, [0.0] * (hardware.accelerator.device.cores if cpu else hardware.nodes)
+        )
         wanted = step.threads if cpu else step.layout.nodes
         taken = [heapq.heappop(lanes) for _ in range(min(wanted, len(lanes)))]
         start = max(ready, max(taken))

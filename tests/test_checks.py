@@ -1,7 +1,5 @@
 """All mistakes at once: those of single sections and those between them, and none that only follows from another."""
 
-# ruff: noqa: E501  -- a line of a table, or a message, is as long as it is
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -49,10 +49,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_variant_is_released_with_its_files(built: Path) -> None:
     index = json.loads((built / "release" / "family.json").read_text())
-    assert {(v["size"], v["variant"]) for v in index["variants"]} == {(s, v) for s in ("m", "s") for v in ("base", "instruct")}
+    assert {(v["size"], v["variant"]) for v in index["variants"]} == {
+        (s, v) for s in ("m", "s") for v in ("base", "instruct")
+    }
     for variant in index["variants"]:
         folder = built / "release" / variant["folder"]
-        needed = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"}
+        needed = {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+            "README.md",
+        }
         if variant["variant"] == "instruct":
             needed |= {"onnx/model.onnx", "onnx/model_int8.onnx", "onnx/model_q4.onnx"}
             assert set(variant["exports"]) == {"onnx-fp32", "onnx-int8", "onnx-int4"}
@@ -68,7 +77,13 @@ def test_a_released_model_loads_offline_in_another_process(built: Path) -> None:
         "print(m.generate(**ids, max_new_tokens=4).shape)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, str(built / "release" / "pydoc-s-instruct")], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(built / "release" / "pydoc-s-instruct")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1," in done.stdout
 
@@ -76,11 +91,17 @@ def test_a_released_model_loads_offline_in_another_process(built: Path) -> None:
 def test_nothing_to_do_after_a_build_and_the_store_verifies(built: Path) -> None:
     done = json.loads(famc("build", str(SPEC), "--smoke", "--out", str(built), "--json").stdout)
     assert done["done"] == [] and done["failed"] == {}
-    assert json.loads(famc("verify", str(SPEC), "--smoke", "--out", str(built), "--json").stdout)["faults"] == []
+    assert (
+        json.loads(famc("verify", str(SPEC), "--smoke", "--out", str(built), "--json").stdout)["faults"] == []
+    )
 
 
 def test_one_learning_rate_reruns_its_stage_and_what_follows(built: Path) -> None:
-    plan = json.loads(famc("plan", str(SPEC), "--smoke", "--out", str(built), "--set", "stages.dpo.lr=1e-6", "--json").stdout)
+    plan = json.loads(
+        famc(
+            "plan", str(SPEC), "--smoke", "--out", str(built), "--set", "stages.dpo.lr=1e-6", "--json"
+        ).stdout
+    )
     status = {s["name"]: s["status"] for s in plan["steps"]}
     changed = {name for name, state in status.items() if state != "cached"}
     assert {"m/dpo", "s/dpo"} <= changed
@@ -93,7 +114,9 @@ def test_one_learning_rate_reruns_its_stage_and_what_follows(built: Path) -> Non
 def test_killed_and_built_again_gives_the_same_bytes(built: Path, tmp_path: Path, after: float) -> None:
     out = tmp_path / "out"
     command = [*FAMC, "build", str(SPEC), "--smoke", "--out", str(out), "-q"]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     time.sleep(after)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

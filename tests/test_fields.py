@@ -13,8 +13,6 @@ Effects:
 `elsewhere` a test of its own
 """
 
-# ruff: noqa: E501 - the table has a line a field
-
 from __future__ import annotations
 
 import fnmatch

@@ -1,7 +1,5 @@
 """Which steps a spec comes to, what they share, who set their values, and what changes their keys."""
 
-# ruff: noqa: E501  -- a line of a table, or a message, is as long as it is
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -27,7 +27,9 @@ def test_the_example_in_the_readme_is_a_valid_family(tmp_path: Path) -> None:
     file = tmp_path / "family.yaml"
     file.write_text(example[1], encoding="utf-8")
     graph = open_family(file)
-    assert {"m/pretrain", "s/kd", "m/instruct/export.onnx-int4", "s/instruct/gate.beats-base"} <= set(graph.nodes)
+    assert {"m/pretrain", "s/kd", "m/instruct/export.onnx-int4", "s/instruct/gate.beats-base"} <= set(
+        graph.nodes
+    )
 
 
 def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None:
@@ -35,9 +37,19 @@ def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None
     assert named == set(COMMANDS)
 
 
-@pytest.mark.parametrize("line", [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if "famc " in line])
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+        for line in block.splitlines()
+        if "famc " in line
+    ],
+)
 def test_commands_in_the_readme_parse(line: str) -> None:
-    for words in re.findall(r"\bfamc ((?:validate|plan|build|status|why|show|graph|verify|gc|schema)[^&|]*)", line):
+    for words in re.findall(
+        r"\bfamc ((?:validate|plan|build|status|why|show|graph|verify|gc|schema)[^&|]*)", line
+    ):
         _parser().parse_args(words.split())
 
 

@@ -21,7 +21,9 @@ class Adopt(StageSpec):
     path: str | None = Field(None, description="Hugging Face model folder")
     hf: str | None = Field(None, description="repository on the hub; needs revision")
     revision: str | None = Field(None, description="commit of the hub repository")
-    license: str | None = Field(None, description="licence of the checkpoint; must be given if its card has none")
+    license: str | None = Field(
+        None, description="licence of the checkpoint; must be given if its card has none"
+    )
 
     @classmethod
     def references(cls) -> dict[str, str]:

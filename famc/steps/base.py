@@ -99,24 +99,35 @@ class Training(StageSpec):
     DEFAULTS: ClassVar[Mapping[str, Default]] = {}
 
     data: str | Mix | None = Field(None, description="a mix, a source, or {weights: …, tokens: …} in place")
-    steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps; wins over tokens and epochs")
+    steps: int | None = Field(
+        None, ge=1, le=10**9, description="optimizer steps; wins over tokens and epochs"
+    )
     tokens: Count | None = Field(None, ge=1, description="tokens to train on; wins over epochs")
     epochs: float | None = Field(None, gt=0, le=1000, description="passes over the data")
     batch_tokens: Count | None = Field(None, ge=1, description="global batch in tokens (packed kinds)")
     context: int | None = Field(None, ge=8, le=2**24, description="tokens a row; default: the family's")
-    rope_theta: float | None = Field(None, gt=0, description="new rotary base; needed to go beyond the parent's positions")
-    lr: Annotated[Lr, BeforeValidator(_number_is_peak)] = Field(Lr(), description="a number, or peak and schedule")
+    rope_theta: float | None = Field(
+        None, gt=0, description="new rotary base; needed to go beyond the parent's positions"
+    )
+    lr: Annotated[Lr, BeforeValidator(_number_is_peak)] = Field(
+        Lr(), description="a number, or peak and schedule"
+    )
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: orthogonalised momentum on the blocks' matrices (arXiv 2502.16982), AdamW on the rest"
+        "adamw",
+        description="muon: orthogonalised momentum on the blocks' matrices (arXiv 2502.16982), AdamW on the rest",
     )
     weight_decay: float | None = Field(None, ge=0, le=10, description="decoupled, on matrices only")
     betas: tuple[float, float] | None = Field(None, description="AdamW moments")
     clip: float | None = Field(None, gt=0, description="gradient norm at most")
     lora: Lora | None = Field(None, description="train adapters only")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: what the backend does well")
-    micro_batch: int | None = Field(None, ge=1, le=65536, description="sequences a pass; never changes the result")
+    micro_batch: int | None = Field(
+        None, ge=1, le=65536, description="sequences a pass; never changes the result"
+    )
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints")
-    recompute: Literal["none", "full"] | None = Field(None, description="activation checkpointing; default: if needed")
+    recompute: Literal["none", "full"] | None = Field(
+        None, description="activation checkpointing; default: if needed"
+    )
 
     @classmethod
     def references(cls) -> dict[str, str]:
@@ -171,7 +182,9 @@ def _compute(stage: Training, setting: Setting) -> float:
 def pretrain_lr(stage: Training, setting: Setting) -> tuple[float, str]:
     """0.3118 C^-0.1250, C = 6 N D (DeepSeek LLM, arXiv 2401.02954, eq. 1), rounded to two figures."""
     compute = _compute(stage, setting)
-    return _figures(0.3118 * compute**-0.125), f"default: scaling law 0.3118 C^-0.125 at C = {compute:.2g} FLOPs"
+    return _figures(
+        0.3118 * compute**-0.125
+    ), f"default: scaling law 0.3118 C^-0.125 at C = {compute:.2g} FLOPs"
 
 
 def pretrain_batch(stage: Training, setting: Setting) -> tuple[int, str]:

@@ -27,8 +27,12 @@ class Filter:
 FILTERS: dict[str, Filter] = {
     "normalize": Filter({"form": "NFC", "ftfy": True}, True, "Unicode NFC, mojibake repaired by ftfy"),
     "length": Filter({"min": 1, "max": 10_000_000}, True, "characters of a document"),
-    "dedup": Filter({"exact": True, "minhash": None}, True, "exact duplicates by hash; near duplicates by MinHash"),
-    "language": Filter({"keep": [], "min": 0.65}, False, "language identification with confidence (CCNet, FineWeb)"),
+    "dedup": Filter(
+        {"exact": True, "minhash": None}, True, "exact duplicates by hash; near duplicates by MinHash"
+    ),
+    "language": Filter(
+        {"keep": [], "min": 0.65}, False, "language identification with confidence (CCNet, FineWeb)"
+    ),
     "url_blocklist": Filter({"list": "default"}, False, "blocked domains and words in URLs (RefinedWeb)"),
     "extract": Filter({"by": "trafilatura"}, False, "text out of HTML"),
     "gopher_repetition": Filter({}, False, "repeated lines, paragraphs, n-grams (Gopher, table A1)"),
@@ -37,16 +41,30 @@ FILTERS: dict[str, Filter] = {
     "fineweb": Filter({}, False, "line punctuation and duplication (FineWeb)"),
     "pii": Filter({"action": "redact"}, False, "personal data"),
     "toxicity": Filter({"max": 0.5}, False, "toxic text"),
-    "tier": Filter({"by": "edu_score", "high": 3, "mid": 2}, False, "quality tiers for weights by source.tier"),
+    "tier": Filter(
+        {"by": "edu_score", "high": 3, "mid": 2}, False, "quality tiers for weights by source.tier"
+    ),
     "license": Filter({"allow": "permissive"}, False, "licence of code"),
     "code_heuristics": Filter({}, False, "line lengths, alphanumerics, generated files (StarCoder)"),
     # carried out where sources are mixed, as there all evaluations are known
-    "decontaminate": Filter({"against": "evals", "ngram": 13}, True, "drops training text that shares n-grams with evals"),
+    "decontaminate": Filter(
+        {"against": "evals", "ngram": 13}, True, "drops training text that shares n-grams with evals"
+    ),
 }
-_SHORT = {"extract": "by", "pii": "action", "license": "allow", "tier": "by"}  # {extract: trafilatura} = {extract: {by: …}}
+_SHORT = {
+    "extract": "by",
+    "pii": "action",
+    "license": "allow",
+    "tier": "by",
+}  # {extract: trafilatura} = {extract: {by: …}}
 
 # Built-in recipes need nothing but installed packages. The corpus line will deepen web and code.
-_BUILT_IN = ("normalize", {"length": {"min": 20}}, {"dedup": {"exact": True}}, {"decontaminate": {"ngram": 13}})
+_BUILT_IN = (
+    "normalize",
+    {"length": {"min": 20}},
+    {"dedup": {"exact": True}},
+    {"decontaminate": {"ngram": 13}},
+)
 RECIPES: dict[str, tuple[Any, ...]] = {
     "none": ({"decontaminate": {"ngram": 13}},),
     "text": _BUILT_IN,
@@ -91,27 +109,50 @@ def _unlike(default: Any, value: Any) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10**12
     if isinstance(default, int):
         least = 1 if default > 0 else 0
-        return "" if number and isinstance(value, int) and value >= least else f"a whole number, at least {least}"
+        return (
+            ""
+            if number and isinstance(value, int) and value >= least
+            else f"a whole number, at least {least}"
+        )
     if isinstance(default, float):
         return "" if number else "a number, at least 0"
     if isinstance(default, str):
         return "" if isinstance(value, str) else "text"
     if isinstance(default, list | tuple):
-        return "" if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else "a list of text"
+        return (
+            ""
+            if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+            else "a list of text"
+        )
     if value is None or (isinstance(value, dict) and all(not _unlike(1, v) for v in value.values())):
         return ""
     return "a mapping of whole numbers"  # dedup.minhash
 
 
 # Characters and examples of a CPython 3.11; `famc plan` calls them assumed until the step has run.
-_PYSTDLIB = {"source": (7.7e6, 424), "docs": (1.8e6, 396), "questions": (0.73e6, 5650), "preferences": (0.8e6, 4250)}
+_PYSTDLIB = {
+    "source": (7.7e6, 424),
+    "docs": (1.8e6, 396),
+    "questions": (0.73e6, 5650),
+    "preferences": (0.8e6, 4250),
+}
 _CHARACTERS_A_TOKEN = 3.5
-_HUB = {"text": 1e9, "messages": 1e5, "preference": 5e4, "prompts": 2e4, "pairs": 1e6, "image_text": 1e6, "audio_text": 5e5}
+_HUB = {
+    "text": 1e9,
+    "messages": 1e5,
+    "preference": 5e4,
+    "prompts": 2e4,
+    "pairs": 1e6,
+    "image_text": 1e6,
+    "audio_text": 5e5,
+}
 
 
 def amount(params: Mapping[str, Any]) -> Amount:
     """How much a source will give: from file sizes, from `n`, or assumed."""
-    tokens_each = {"text": 800.0, "messages": 600.0, "preference": 800.0, "prompts": 200.0}.get(params["format"], 256.0)
+    tokens_each = {"text": 800.0, "messages": 600.0, "preference": 800.0, "prompts": 200.0}.get(
+        params["format"], 256.0
+    )
     share = 1.0 - params["heldout"]["fraction"]
     if params.get("n"):
         return Amount(params["n"] * tokens_each * share, params["n"] * share, "modelled")

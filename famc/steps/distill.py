@@ -12,7 +12,17 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from famc.steps.base import COMMON, Default, Setting, Training, batch_rows, constant, finetune_lr, pretrain_batch, pretrain_lr
+from famc.steps.base import (
+    COMMON,
+    Default,
+    Setting,
+    Training,
+    batch_rows,
+    constant,
+    finetune_lr,
+    pretrain_batch,
+    pretrain_lr,
+)
 
 
 def _lr(stage: Training, setting: Setting) -> tuple[float, str]:
@@ -37,8 +47,12 @@ class Distill(Training):
     }
 
     teacher: str = Field(description="variant@size, stage@size, or a variant or stage at the same size")
-    mode: Literal["off_policy", "on_policy"] = Field("off_policy", description="whose text the student learns on")
-    loss: Literal["forward_kl", "reverse_kl", "jsd"] = Field("forward_kl", description="distance to the teacher")
+    mode: Literal["off_policy", "on_policy"] = Field(
+        "off_policy", description="whose text the student learns on"
+    )
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="distance to the teacher"
+    )
     temperature: float = Field(1.0, gt=0, le=100, description="of both distributions")
     alpha: float = Field(0.5, ge=0, le=1, description="weight of the teacher; the rest is next-token loss")
 

@@ -84,7 +84,9 @@ class Vlm(Training):
     """Vision-language model: tower, projector, language model."""
 
     DEFAULTS: ClassVar[Mapping[str, Default]] = _FINETUNE
-    tower: str | Tower | None = Field(None, description="an adopted tower, or {vit: …}; default: the parent's")
+    tower: str | Tower | None = Field(
+        None, description="an adopted tower, or {vit: …}; default: the parent's"
+    )
     projector: Literal["mlp2x", "linear"] = Field("mlp2x", description="from tower to language model")
     train: tuple[str, ...] = Field(("projector", "lm"), description="parts that learn: projector, tower, lm")
 
@@ -93,6 +95,10 @@ class Audio(Vlm):
     """Audio-language model."""
 
 
-LATER: Mapping[str, type[Training]] = {"grpo": Grpo, "embed": Embed, "rerank": Rerank, "vlm": Vlm, "audio": Audio}
-
-
+LATER: Mapping[str, type[Training]] = {
+    "grpo": Grpo,
+    "embed": Embed,
+    "rerank": Rerank,
+    "vlm": Vlm,
+    "audio": Audio,
+}

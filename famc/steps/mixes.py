@@ -64,7 +64,9 @@ def source_params(
     runtime: dict[str, Any] = {}
     for filter_name, values in filters:
         if filter_name == "dedup" and values.get("minhash"):
-            missing.append("near-duplicate removal (dedup.minhash) can be planned, but this version of famc has no worker for it")
+            missing.append(
+                "near-duplicate removal (dedup.minhash) can be planned, but this version of famc has no worker for it"
+            )
     if source.path:
         where = spec.folder / source.path
         listing = files.listing(where)
@@ -77,10 +79,17 @@ def source_params(
         params |= {"origin": "hf", "hf": source.hf, "revision": source.revision, "split": source.split}
         params |= {"text_field": source.text_field, "group_field": source.group_field}
     elif source.pystdlib:
-        params |= {"origin": "pystdlib", "pystdlib": source.pystdlib, "interpreter": fingerprint(), "license": "PSF-2.0"}
+        params |= {
+            "origin": "pystdlib",
+            "pystdlib": source.pystdlib,
+            "interpreter": fingerprint(),
+            "license": "PSF-2.0",
+        }
     else:
         params |= {"origin": "synth", "synth": source.synth, "keep": source.keep}
-        missing.append(f"generator '{source.synth}' can be planned, but this version of famc has no worker for it")
+        missing.append(
+            f"generator '{source.synth}' can be planned, but this version of famc has no worker for it"
+        )
     if source.rate:
         params["rate"] = source.rate
     return params, runtime, tuple(missing)
@@ -96,12 +105,20 @@ def mix_params(spec: Spec, mix: Mix, fmt: str, wanted: Wanted) -> tuple[dict[str
     for source in dict.fromkeys(key.partition(".")[0] for key in mix.weights):
         filters, _ = recipe(recipe_of(spec.family, spec.family.data.sources[source].clean))
         ngrams += [int(values["ngram"]) for name, values in filters if name == "decontaminate"]
-    decontaminate = {"ngram": min(ngrams), "against": sorted(wanted.eval_sources)} if ngrams and wanted.eval_sources else None
+    decontaminate = (
+        {"ngram": min(ngrams), "against": sorted(wanted.eval_sources)}
+        if ngrams and wanted.eval_sources
+        else None
+    )
     missing = []
     if mix.lengths:
-        missing.append("mixing by length (lengths) can be planned, but this version of famc has no worker for it")
+        missing.append(
+            "mixing by length (lengths) can be planned, but this version of famc has no worker for it"
+        )
     if fmt not in ("text", "messages", "preference"):
-        missing.append(f"data of format '{fmt}' can be planned, but this version of famc has no worker for it")
+        missing.append(
+            f"data of format '{fmt}' can be planned, but this version of famc has no worker for it"
+        )
     params = {
         "format": fmt,
         "weights": dict(mix.weights),

@@ -61,8 +61,25 @@ EXPORTS: dict[tuple[str, str], frozenset[str]] = {
     ("awq", "*"): frozenset(),
     ("fp8", "*"): frozenset(),
 }
-DEFAULT_QUANT = {"safetensors": ("bf16",), "onnx": ("fp32",), "gguf": ("q4_k_m",), "gptq": ("4",), "awq": ("4",), "fp8": ("8",)}
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.56, "q8_0": 1.06, "q4_k_m": 0.6, "q4_0": 0.56, "8": 1.0, "4": 0.56}
+DEFAULT_QUANT = {
+    "safetensors": ("bf16",),
+    "onnx": ("fp32",),
+    "gguf": ("q4_k_m",),
+    "gptq": ("4",),
+    "awq": ("4",),
+    "fp8": ("8",),
+}
+_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "int8": 1.0,
+    "int4": 0.56,
+    "q8_0": 1.06,
+    "q4_k_m": 0.6,
+    "q4_0": 0.56,
+    "8": 1.0,
+    "4": 0.56,
+}
 # file that an export adds to a release, as transformers.js expects them
 ONNX_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx", "int4": "onnx/model_q4.onnx"}
 
@@ -93,7 +110,11 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 TASKS_READY = frozenset({"bits_per_byte", "answers", "preference", "lm_eval"})
 # what a task measures: the metric that gates compare first, and whether more is better
-MAIN_METRIC = {"bits_per_byte": "bits_per_byte", "answers": "answer_loss", "preference": "preference_accuracy"}
+MAIN_METRIC = {
+    "bits_per_byte": "bits_per_byte",
+    "answers": "answer_loss",
+    "preference": "preference_accuracy",
+}
 HIGHER_IS_BETTER = {
     "bits_per_byte": False, "perplexity": False, "answer_loss": False, "token_accuracy": True, "chrf": True,
     "exact_match": True, "preference_accuracy": True, "preference_accuracy_implicit": True, "ended": True,
@@ -109,12 +130,22 @@ def eval_work(shape: Shape, tasks: list[Mapping[str, Any]]) -> Work:
     for task in tasks:
         examples = task.get("n") or EVAL_EXAMPLES.get(task["task"], 500)
         tokens += examples * 256 + (examples * task["max_new_tokens"] if task["task"] == "answers" else 0)
-    return Work("infer", tokens=tokens, flops=flops.forward(shape, tokens, min(shape.context, 1024)), context=shape.context)
+    return Work(
+        "infer",
+        tokens=tokens,
+        flops=flops.forward(shape, tokens, min(shape.context, 1024)),
+        context=shape.context,
+    )
 
 
 def parity_work(shape: Shape) -> Work:
     """Two forward passes over a sample, and a few greedy answers."""
-    return Work("infer", tokens=16_000, flops=2 * flops.forward(shape, 16_000, min(shape.context, 1024)), context=shape.context)
+    return Work(
+        "infer",
+        tokens=16_000,
+        flops=2 * flops.forward(shape, 16_000, min(shape.context, 1024)),
+        context=shape.context,
+    )
 
 
 SMALL = Work("cpu", cpu_seconds=0.2)

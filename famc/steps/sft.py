@@ -28,4 +28,6 @@ class Sft(Training):
     }
 
     loss_on: Literal["assistant", "all"] = Field("assistant", description="tokens that the loss counts")
-    modes: tuple[str, ...] = Field((), description="thinking modes that the template renders, e.g. [think, no_think]")
+    modes: tuple[str, ...] = Field(
+        (), description="thinking modes that the template renders, e.g. [think, no_think]"
+    )

@@ -5,8 +5,10 @@ Raises ValueError with a sentence that the spec's checks show beside the size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from famc.cost.shape import ARCHS, PRESETS, Moe, Shape, solve
 from famc.errors import did_you_mean
@@ -36,9 +38,20 @@ def _shape(arch: Arch, size: Size, vocab: int) -> Shape:
     if arch.type not in ARCHS:
         raise ValueError(f"unknown architecture '{arch.type}'; {did_you_mean(arch.type, ARCHS)}")
     explicit = {"layers": size.layers, "hidden": size.hidden, "heads": size.heads}
-    ways = [name for name, used in (("dimensions", any(explicit.values())), ("preset", size.preset), ("params", size.params)) if used]
+    ways = [
+        name
+        for name, used in (
+            ("dimensions", any(explicit.values())),
+            ("preset", size.preset),
+            ("params", size.params),
+        )
+        if used
+    ]
     if len(ways) != 1:
-        raise ValueError("give one of: layers, hidden, heads and ffn; a preset; or params" + (f" (not {' and '.join(ways)})" if ways else ""))
+        raise ValueError(
+            "give one of: layers, hidden, heads and ffn; a preset; or params"
+            + (f" (not {' and '.join(ways)})" if ways else "")
+        )
     if size.preset:
         if size.preset not in PRESETS:
             raise ValueError(f"unknown preset '{size.preset}'; {did_you_mean(size.preset, PRESETS)}")
@@ -56,7 +69,9 @@ def _shape(arch: Arch, size: Size, vocab: int) -> Shape:
     if size.ffn is None and size.moe is None:
         raise ValueError("needs ffn (or moe)")
     if arch.head_dim is None and size.hidden % size.heads:
-        raise ValueError(f"hidden {size.hidden} does not divide into {size.heads} heads: set arch.head_dim, or choose other numbers")
+        raise ValueError(
+            f"hidden {size.hidden} does not divide into {size.heads} heads: set arch.head_dim, or choose other numbers"
+        )
     if size.moe and size.moe.active > size.moe.experts:
         raise ValueError(f"{size.moe.active} active experts of {size.moe.experts}")
     kind = arch.type
@@ -76,3 +91,18 @@ def _shape(arch: Arch, size: Size, vocab: int) -> Shape:
         rope_theta=arch.rope_theta,
         moe=Moe(size.moe.experts, size.moe.active, size.moe.ffn) if size.moe else None,
     )
+
+
+def shape_values(
+    shape: Shape, values: Mapping[str, Any], parent: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Dimensions as the worker reads them; a stage's own context and rope_theta win, then those of its parent, whose
+    positions an earlier stage may have extended."""
+    moe, inherited = shape.moe, parent or {}
+    return {
+        "arch": shape.arch, "vocab": shape.vocab, "layers": shape.layers, "hidden": shape.hidden, "ffn": shape.ffn,
+        "heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "tie": shape.tie,
+        "context": max(inherited.get("context") or shape.context, values.get("context") or 0),
+        "rope_theta": values.get("rope_theta") or inherited.get("rope_theta") or shape.rope_theta,
+        "moe": None if moe is None else {"experts": moe.experts, "active": moe.active, "ffn": moe.ffn},
+    }  # fmt: skip

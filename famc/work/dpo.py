@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer
 
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.work.optim import make_optimizer, schedule
 from famc.work.likelihood import Row, score_rows
+from famc.work.optim import make_optimizer, schedule
 from famc.work.rows import examples
 from famc.work.training import (
     Watch,
@@ -54,7 +54,9 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # trl is untyped
                 before, answer = item["prompt_ids"], item[f"{side}_ids"]
                 ids = [*before, *answer][: self.args.max_length]
                 rows.append(Row(ids, [at >= len(before) for at in range(len(ids))]))
-            scored[side] = [-float(score.nll.sum()) for score in score_rows(self.model.eval(), rows, precision)]
+            scored[side] = [
+                -float(score.nll.sum()) for score in score_rows(self.model.eval(), rows, precision)
+            ]
         self.model.train()
         with_one = dataset.add_column("ref_chosen_logps", scored["chosen"])
         return with_one.add_column("ref_rejected_logps", scored["rejected"])

@@ -76,7 +76,9 @@ class _HeadLoss(torch.autograd.Function):
             if teacher and their_head is not None:
                 heat = teacher.temperature
                 mine = logits - norm if heat == 1.0 else torch.log_softmax(logits / heat, dim=-1)
-                theirs = torch.log_softmax((teacher.hidden[at : at + ROWS].to(dtype) @ their_head.T).to(wide) / heat, dim=-1)
+                theirs = torch.log_softmax(
+                    (teacher.hidden[at : at + ROWS].to(dtype) @ their_head.T).to(wide) / heat, dim=-1
+                )
                 value, pulled = DISTANCES[teacher.kind](mine, theirs)
                 total += teacher.alpha * heat**2 * value
             gradient = logits.sub_(norm).exp_()  # softmax …

@@ -30,7 +30,16 @@ from famc.store import Store
 
 LIFE = "FAMC_LIFE"  # "stdin": the build holds the other end
 CHECKPOINTS = "checkpoints"  # inside the partial folder; removed before the artifact is committed
-_PACKAGES = ("torch", "transformers", "trl", "tokenizers", "datasets", "onnxruntime", "onnxruntime-genai", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "tokenizers",
+    "datasets",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "numpy",
+)
 
 
 def main(argv: list[str]) -> int:
@@ -48,10 +57,14 @@ def main(argv: list[str]) -> int:
 
 def execute(job: Job) -> int:
     """Run a job in this process; 0 or 1. What went wrong is printed, the last line first cause."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the build stops its jobs itself
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the build stops its jobs itself
     if os.environ.get(LIFE) == "stdin":
         threading.Thread(target=_die_with_build, daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr, force=True
+    )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if job.offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,7 +75,9 @@ def execute(job: Job) -> int:
         print(f"error: {error.render()}", file=sys.stderr)
         return 1
     except MemoryError:
-        print(f"error: {job.name}: out of memory; the plan expected {job.memory / 1e9:.2f} GB", file=sys.stderr)
+        print(
+            f"error: {job.name}: out of memory; the plan expected {job.memory / 1e9:.2f} GB", file=sys.stderr
+        )
         return 1
     except Exception:
         traceback.print_exc()
@@ -102,7 +117,12 @@ def run(job: Job) -> dict[str, Any]:
         "cpu_seconds": round(_cpu_seconds() - before, 3),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": versions(),
-        "host": {"name": socket.gethostname(), "machine": platform.machine(), "threads": job.threads, "precision": job.precision},
+        "host": {
+            "name": socket.gethostname(),
+            "machine": platform.machine(),
+            "threads": job.threads,
+            "precision": job.precision,
+        },
     }
     store.commit(job.name, job.key, record)
     return metrics
@@ -113,13 +133,17 @@ def _inputs(job: Job, store: Store) -> tuple[dict[str, Path], dict[str, str]]:
     outputs: dict[str, str] = {}
     for role, (address, key) in job.inputs.items():
         if not store.has(address, key):
-            raise StoreError(f"{job.name} needs {address}, which is not in the store", "famc build makes it first")
+            raise StoreError(
+                f"{job.name} needs {address}, which is not in the store", "famc build makes it first"
+            )
         record = store.record(address, key)
         folder = store.path(address, key)
         for relative, entry in record["files"].items():
             path = folder / relative
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise StoreError(f"{address}: {relative} is not what its record says", "famc verify tells what is damaged")
+                raise StoreError(
+                    f"{address}: {relative} is not what its record says", "famc verify tells what is damaged"
+                )
         folders[role] = folder
         outputs[role] = record["output"]
     return folders, outputs

@@ -228,7 +228,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             causal = causal.get_base_model()
         labels = inputs["labels"].reshape(-1)
         kept = labels != IGNORE
-        with self.accelerator.autocast():  # the trainer wraps the whole model's forward in it, not the blocks'
+        with (
+            self.accelerator.autocast()
+        ):  # the trainer wraps the whole model's forward in it, not the blocks'
             hidden = hidden_states(causal, inputs)
         whole = bool(kept.all())
         flat = hidden if whole else hidden[kept]
@@ -242,7 +244,9 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 def hidden_states(causal: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """[tokens, hidden] before the output head."""
-    states = causal.base_model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)[0]
+    states = causal.base_model(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+    )[0]
     flat: torch.Tensor = states.reshape(-1, states.shape[-1])
     return flat
 
@@ -332,7 +336,9 @@ def last_checkpoint(out: Path) -> str | None:
     return str(complete[-1]) if complete else None
 
 
-def train_rows(job: Job, model: Any, rows: Rows, out: Path, *, follow: Follow | None = None) -> dict[str, Any]:
+def train_rows(
+    job: Job, model: Any, rows: Rows, out: Path, *, follow: Follow | None = None
+) -> dict[str, Any]:
     """Train a model on rows for the job's budget; returns the step's metrics."""
     params = job.params
     batch = max(1, int(params["batch_tokens"]) // int(params["context"]))

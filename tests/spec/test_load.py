@@ -1,7 +1,5 @@
 """Files, profiles, --set, and specs that chance has spoilt."""
 
-# ruff: noqa: E501  -- a line of a table, or a message, is as long as it is
-
 from __future__ import annotations
 
 import copy

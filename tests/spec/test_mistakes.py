@@ -3,8 +3,6 @@
 Each case: a name, edits (old text, new text) of small_spec.SPEC, and every line of the error.
 """
 
-# ruff: noqa: E501  -- a line of a table, or a message, is as long as it is
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What YAML text may and may not do, before anything in it is understood."""
 
-# ruff: noqa: E501  -- a line of a table, or a message, is as long as it is
-
 from __future__ import annotations
 
 import time

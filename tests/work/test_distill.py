@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny_artifacts import CHATS
 from tiny_training import SHAPE, chat_mix, furthest, make_job, run, same, text_mix, tokenizer
+from transformers import AutoModelForCausalLM
 
 from famc.errors import StepFailed
 from famc.work.distill import follow
 from famc.work.loss import DISTANCES
-from famc.work.rows import IGNORE
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd")
 P = [0.7, 0.2, 0.1]  # the teacher

@@ -31,7 +31,10 @@ def same(found: torch.Tensor, expected: torch.Tensor, *leaves: torch.Tensor) -> 
 def test_loss_and_gradients_equal_cross_entropy(rows: int, z_loss: float) -> None:
     hidden, weight, labels = make(rows)
     logits = hidden @ weight.T
-    expected = functional.cross_entropy(logits, labels, reduction="sum") + z_loss * logits.logsumexp(-1).square().sum()
+    expected = (
+        functional.cross_entropy(logits, labels, reduction="sum")
+        + z_loss * logits.logsumexp(-1).square().sum()
+    )
     same(head_loss(hidden, weight, labels, bf16=False, z_loss=z_loss), expected, hidden, weight)
 
 
@@ -39,7 +42,10 @@ def test_loss_and_gradients_equal_cross_entropy(rows: int, z_loss: float) -> Non
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_distillation_equals_its_definition(kind: str, temperature: float) -> None:
     hidden, weight, labels = make(ROWS + 3)
-    theirs, their_weight = torch.randn(ROWS + 3, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    theirs, their_weight = (
+        torch.randn(ROWS + 3, 16, dtype=torch.float64),
+        torch.randn(50, 16, dtype=torch.float64),
+    )
     p = torch.log_softmax(hidden @ weight.T / temperature, -1)
     q = torch.log_softmax(theirs @ their_weight.T / temperature, -1)
     m = torch.log(0.5 * p.exp() + 0.5 * q.exp())
@@ -48,8 +54,13 @@ def test_distillation_equals_its_definition(kind: str, temperature: float) -> No
         return functional.kl_div(b, a, log_target=True, reduction="sum")
 
     distance = {"forward_kl": kl(q, p), "reverse_kl": kl(p, q), "jsd": 0.5 * kl(p, m) + 0.5 * kl(q, m)}[kind]
-    expected = 0.3 * functional.cross_entropy(hidden @ weight.T, labels, reduction="sum") + 0.7 * temperature**2 * distance
-    found = head_loss(hidden, weight, labels, bf16=False, teacher=Teacher(theirs, their_weight, kind, 0.7, temperature))
+    expected = (
+        0.3 * functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+        + 0.7 * temperature**2 * distance
+    )
+    found = head_loss(
+        hidden, weight, labels, bf16=False, teacher=Teacher(theirs, their_weight, kind, 0.7, temperature)
+    )
     same(found, expected, hidden, weight)
 
 

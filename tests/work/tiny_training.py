@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from tiny_artifacts import CHATS, make_tokenizer
 
 from famc.cost.shape import Moe, Shape
-from famc.graph import _shape_values
 from famc.job import Job
 from famc.steps import STAGES
 from famc.steps.base import RUNTIME, Amount, Setting, Training
+from famc.steps.shapes import shape_values
 
 CONTEXT = 64
 SHAPE = Shape("qwen3", 384, 2, 32, 64, 2, 1, 16, True, CONTEXT)
@@ -40,7 +40,7 @@ def values(kind: str, shape: Shape = SHAPE, **written: Any) -> tuple[dict[str, A
     assert isinstance(stage, Training)
     resolved = dict(stage.resolve(Setting(shape, 30_000, Amount(1e4, 50)), lambda _: None).values)
     resolved["seed"] = 3
-    resolved["shape"] = _shape_values(shape, resolved)
+    resolved["shape"] = shape_values(shape, resolved)
     resolved = json.loads(json.dumps(resolved))
     return resolved, {key: resolved.pop(key) for key in sorted(RUNTIME) if key in resolved}
 

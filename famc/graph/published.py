@@ -1,0 +1,413 @@
+"""From variants to what is published: scores, gates, exports with their parity checks, cards, releases."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from famc.checks import split_ref
+from famc.errors import Problem, did_you_mean
+from famc.graph.node import Node
+from famc.graph.trained import Trained
+from famc.spec.family import EvalTask, Export, Gate
+from famc.spec.load import Spec
+from famc.steps import STAGES, others
+
+
+class Published(Trained):
+    """Follows names from what is published to what it needs. One instance a resolve."""
+
+    # --- what is published ----------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        published: list[tuple[str, str]] = []
+        for variant, v in self.family.variants.items():
+            for size in self.family.sizes_of(v.sizes):
+                self.stage(size, self.names.stage_of(variant, size))
+                if v.eval:
+                    self.eval(size, variant, v.eval)
+                published.append((size, variant))
+        gates = {(size, variant): self.gates(size, variant) for size, variant in published}
+        exports: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+        for export in self.family.exports:
+            for variant in export.variants:
+                for size in self.family.sizes_of(export.sizes):
+                    if (size, variant) in published:
+                        made = self.export(size, variant, export, tuple(gates[size, variant]))
+                        exports.setdefault((size, variant), []).extend(made)
+        for size, variant in published:
+            made_here = list({item[0]: item for item in exports.get((size, variant), [])}.values())
+            checked = self.export_gates(size, variant, made_here)
+            self.release(size, variant, [item[0] for item in made_here], [*gates[size, variant], *checked])
+        for size, variant in published:
+            self.guard(size, variant)
+
+    def guard(self, size: str, variant: str) -> None:
+        """What trains from a variant waits for the gates on the variant's own figures: nothing is spent on a
+        base that failed. Comparisons (beats, monotonic) guard publication only: they may need what comes
+        later.
+        """
+        model = self.model(variant, size)
+        here = (self.nodes[name] for name in self.published[size, variant])
+        own = [n for n in here if n.kind == "gate" and "require" in n.params and "beats" not in n.inputs]
+        for gate in own:
+            above = self.above(gate.name)
+            for node in list(self.nodes.values()):
+                trains = "model" in node.inputs and node.kind in STAGES and node.inputs["model"] == model
+                if trains and node.name not in above and gate.name not in node.after:
+                    self.nodes[node.name] = replace(node, after=(*node.after, gate.name))
+
+    def above(self, name: str) -> set[str]:
+        """A step and all that it needs."""
+        todo, seen = [name], set()
+        while todo:
+            current = todo.pop()
+            if current not in seen:
+                seen.add(current)
+                todo += self.nodes[current].needs
+        return seen
+
+    # --- scoring and publishing -----------------------------------------------------------------------------
+
+    def eval(self, size: str, variant: str, suite: str) -> str:
+        """The node that scores a variant (or, for comparisons, a stage) on a suite."""
+        address = f"{size}/{variant}/eval.{suite}"
+        if address in self.nodes:
+            return address
+        model = self.model(variant, size)
+        tasks, missing = self.tasks(suite)
+        inputs = {"model": model, "tokenizer": self.tokenizer()}
+        if self.nodes[model].kind == "dpo":  # its implicit rewards are log-ratios to what it started from
+            inputs["reference"] = self.nodes[model].inputs["model"]
+        for task in tasks:
+            if task["data"]:
+                inputs[f"data.{task['data']}"] = self.data(task["data"])
+        shape = self.shapes[size]
+        return self.add(
+            Node(
+                address,
+                "eval",
+                size,
+                variant,
+                {"suite": suite, "tasks": tasks, "context": shape.context},
+                inputs=inputs,
+                shape=shape,
+                work=others.eval_work(shape, tasks),
+                missing=missing,
+            )
+        )
+
+    def tasks(self, suite: str) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:
+        """A suite's tasks with their data, and why it can't run here (if so)."""
+        declared = self.family.evals.get(suite)
+        tasks: list[Mapping[str, Any]] = []
+        missing: list[str] = []
+        built_in = () if declared else others.SUITES[suite]
+        # a built-in suite may name a task that has no worker yet, which a spec may not
+        for task in declared or [EvalTask.model_construct(task=name) for name in built_in]:  # type: ignore[arg-type]
+            if task.task not in others.TASKS_READY:
+                missing.append(
+                    f"evaluation '{task.task}' can be planned, but this version of famc has no worker for it"
+                )
+            data = task.data or self.names.default_data(suite, task.task)
+            if data is None and task.task in others.FORMATS:
+                if declared:  # a user asked for it by name
+                    missing.append(
+                        f"suite '{suite}': no source of format {others.FORMATS[task.task]} for '{task.task}'"
+                    )
+                continue
+            tasks.append(
+                {
+                    "task": task.task,
+                    "data": data,
+                    "n": task.n or others.EVAL_EXAMPLES.get(task.task),
+                    "max_new_tokens": task.max_new_tokens,
+                    "tasks": list(task.tasks),
+                }
+            )
+        return tasks, tuple(missing)
+
+    def export(
+        self, size: str, variant: str, export: Export, gates: tuple[str, ...]
+    ) -> list[tuple[str, str, str]]:
+        """Export and parity nodes: [(export, parity or "", label)]. A variant that fails its gates is not
+        exported.
+        """
+        made = []
+        model = self.model(variant, size)
+        shape, parameters = self.shapes[size], self.params[size]
+        for quant in (*export.quant, *([str(export.bits)] if export.bits else [])) or others.DEFAULT_QUANT[
+            export.format
+        ]:
+            label = f"{export.format}-{quant}"
+            address = f"{size}/{variant}/export.{label}"
+            params: dict[str, Any] = {"format": export.format, "quant": quant}
+            if quant == "int4" and export.format == "onnx":
+                params["block_size"] = export.block_size
+            inputs = {"model": model}
+            if export.calibrate:
+                inputs["data"] = self.mix(*self.names.mix_of("calibrate", export.calibrate.data))
+                params["examples"] = export.calibrate.n
+            archs = others.EXPORTS.get(
+                (export.format, quant), others.EXPORTS.get((export.format, "*"), frozenset())
+            )
+            missing = (
+                ()
+                if archs
+                else (
+                    f"format '{export.format}' can be planned, but this version of famc has no worker for it",
+                )
+            )
+            work = others.export_work(parameters)
+            self.add(
+                Node(
+                    address,
+                    "export",
+                    size,
+                    variant,
+                    params,
+                    inputs=inputs,
+                    after=gates,
+                    shape=shape,
+                    work=work,
+                    missing=missing,
+                )
+            )
+            parity = ""
+            if archs:
+                parity = self.parity(size, variant, model, address, label, export.format)
+            made.append((address, parity, label))
+        return made
+
+    def parity(self, size: str, variant: str, model: str, export: str, label: str, fmt: str) -> str:
+        inputs = {"model": model, "export": export, "tokenizer": self.tokenizer()}
+        params: dict[str, Any] = {"format": fmt, "context": min(self.shapes[size].context, 512), "texts": 24, "prompts": 8,
+                                  "max_new_tokens": 24}  # fmt: skip
+        for role, task in (("text", "bits_per_byte"), ("chat", "answers")):
+            data = next(
+                (
+                    d
+                    for suite in self.names.suites
+                    for d in [self.names.default_data(suite, task)]
+                    if d is not None
+                ),
+                None,
+            )
+            if data:
+                inputs[f"{role}.{data}"] = self.data(data)
+        if self.spec.smoke:
+            params |= {"texts": 4, "prompts": 2, "max_new_tokens": 4}
+        shape = self.shapes[size]
+        name = f"{size}/{variant}/parity.{label}"
+        return self.add(
+            Node(
+                name,
+                "parity",
+                size,
+                variant,
+                params,
+                inputs=inputs,
+                shape=shape,
+                work=others.parity_work(shape),
+            )
+        )
+
+    def gates(self, size: str, variant: str) -> list[str]:
+        """Gate nodes on a variant's scores."""
+        made: list[str] = []
+        for index, gate in enumerate(self.family.gates):
+            if matches(gate, size, variant) and not (gate.parity or gate.max_drop):
+                inputs = self.gate_inputs(gate, size, variant)
+                if inputs is not None:
+                    self.gated.add(index)
+                    made.append(self.gate(size, variant, f"gate.{gate_name(gate)}", gate, inputs))
+        return made
+
+    def export_gates(self, size: str, variant: str, exports: list[tuple[str, str, str]]) -> list[str]:
+        """Gate nodes on a variant's exports; an export that the spec says nothing of has famc's own."""
+        made: list[str] = []
+        gated: set[str] = set()
+        for index, gate in enumerate(self.family.gates):
+            for export, parity, label in exports:
+                if (gate.parity or gate.max_drop) and fnmatch.fnmatchcase(export, gate.match):
+                    self.gated.add(index)
+                    if parity:
+                        made.append(
+                            self.gate(size, variant, f"gate.{gate.name or label}", gate, {"parity": parity})
+                        )
+                        gated.add(export)
+        for export, parity, label in exports:
+            if parity and export not in gated:
+                made.append(
+                    self.gate(size, variant, f"gate.{label}", default_gate(label), {"parity": parity})
+                )
+        return made
+
+    def gate_inputs(self, gate: Gate, size: str, variant: str) -> dict[str, str] | None:
+        suite = gate.suite or gate.monotonic or self.family.variants[variant].eval
+        if suite is None:
+            return None
+        inputs = {"score": self.eval(size, variant, suite)}
+        if gate.beats:
+            name, at = split_ref(gate.beats, size)
+            if name in self.family.variants and self.family.stage_of(name, at) is None:
+                return None  # the variant to beat does not exist at this size
+            inputs["beats"] = self.eval(at, name, suite)
+        if gate.across:
+            made = self.family.sizes_of(self.family.variants[variant].sizes)
+            sizes = [s for s in made if self.rank[s] < self.rank[size]]
+            if not sizes:
+                return None
+            smaller = max(sizes, key=lambda s: self.rank[s])
+            inputs["beats"] = self.eval(smaller, variant, suite)
+        return inputs
+
+    def gate(self, size: str, variant: str, label: str, gate: Gate, inputs: dict[str, str]) -> str:
+        params = {
+            k: v
+            for k, v in gate.model_dump(exclude={"match", "name", "suite"}).items()
+            if v not in (None, (), {})
+        }
+        if self.spec.smoke:
+            params["advisory"] = True
+        address = base = f"{size}/{variant}/{label}"
+        copy = 2
+        while address in self.nodes and (
+            self.nodes[address].params != params or self.nodes[address].inputs != inputs
+        ):
+            address, copy = f"{base}-{copy}", copy + 1
+        return self.add(Node(address, "gate", size, variant, params, inputs=inputs, work=others.SMALL))
+
+    def release(self, size: str, variant: str, exports: list[str], gates: list[str]) -> None:
+        model = self.model(variant, size)
+        family, release = self.family, self.family.release
+        inputs = {"model": model, "tokenizer": self.tokenizer()}
+        evals = [
+            self.nodes[n] for n in self.published.get((size, variant), ()) if self.nodes[n].kind == "eval"
+        ]
+        scores = {f"eval.{n.name.rpartition('eval.')[2]}": n.name for n in evals}
+        for export in exports:
+            inputs[f"export.{export.rpartition('export.')[2]}"] = export
+        if release.card == "auto":
+            parity = {
+                f"parity.{n.rpartition('gate.')[2]}": self.nodes[n].inputs["parity"]
+                for n in gates
+                if "parity" in self.nodes[n].inputs
+            }
+            lineage = self.lineage(model)
+            params = {
+                "family": family.family.model_dump(), "size": size, "variant": variant, "lineage": lineage,
+                "shape": self.nodes[model].params["shape"], "parameters": self.params[size],
+                "licenses": self.licenses(model),
+            }  # fmt: skip
+            gated = {f"gate.{n.rpartition('/gate.')[2]}": n for n in gates}
+            card_inputs = {"model": model, "tokenizer": self.tokenizer(), **scores, **parity, **gated}
+            card = Node(
+                f"{size}/{variant}/card", "card", size, variant, params, inputs=card_inputs, work=others.SMALL
+            )
+            inputs["card"] = self.add(card)
+        after = tuple(gates)
+        dash = "" if variant == "base" else f"-{variant}"
+        repo = release.repo.format_map(
+            {
+                "family": family.family.name,
+                "org": family.family.org,
+                "size": size,
+                "-variant": dash,
+                "variant": variant,
+                "-export": "",
+                "export": "",
+            }
+        )
+        max_context = self.nodes[model].params["shape"]["context"]
+        params = {"repo": repo, "license": family.family.license, "max_context": max_context}
+        runtime = {
+            "path": release.path,
+            "collection": release.collection,
+            "to": release.to,
+            "dry_run": release.dry_run,
+        }
+        missing: tuple[str, ...] = ()
+        if release.to == "hf" and not release.dry_run:
+            missing = (
+                "uploading to the hub can be planned, but this version of famc prepares the folder only: set release.dry_run",
+            )
+        self.add(Node(f"{size}/{variant}/release", "release", size, variant, params, runtime, inputs=inputs, after=after,
+                      work=others.SMALL, missing=missing))  # fmt: skip
+
+    def lineage(self, model: str) -> list[str]:
+        """Trained steps from the first to the model itself."""
+        chain = [model]
+        while "model" in self.nodes[chain[-1]].inputs:
+            chain.append(self.nodes[chain[-1]].inputs["model"])
+        return chain[::-1]
+
+    def licenses(self, model: str) -> dict[str, str]:
+        """Licence by source, over everything that the model was trained on."""
+        todo, found, seen = [model], {}, set()
+        while todo:
+            node = self.nodes[todo.pop()]
+            if node.name in seen:
+                continue
+            seen.add(node.name)
+            if node.kind == "corpus":
+                source = node.name.removeprefix("data/")
+                found[source] = (
+                    self.family.data.sources[source].license or node.params.get("license") or "unknown"
+                )
+            if node.kind == "adopt":
+                found[node.name] = node.params["license"] or "unknown"
+            todo += [need for role, need in node.inputs.items() if not role.startswith("eval.")]
+        return dict(sorted(found.items()))
+
+
+def matches(gate: Gate, size: str, variant: str) -> bool:
+    """Whether a gate is about a variant at a size: `*/instruct`, or just `instruct`."""
+    return fnmatch.fnmatchcase(f"{size}/{variant}", gate.match) or gate.match == variant
+
+
+def gate_name(gate: Gate) -> str:
+    """What a gate is called in addresses."""
+    if gate.name:
+        return gate.name
+    if gate.beats:
+        return f"beats-{gate.beats.replace('@', '-')}"
+    if gate.monotonic:
+        return f"monotonic-{gate.monotonic}"
+    return "limits"
+
+
+def default_gate(label: str) -> Gate:
+    """What every export must satisfy when the spec says nothing: the same ids and template, and nearly the
+    same model.
+    """
+    kl = {"onnx-fp32": 1e-4, "safetensors-fp32": 1e-6}.get(label, 0.05)
+    return Gate.model_validate(
+        {"match": "*", "parity": {"tokenizer": "exact", "template": "exact", "kl": kl}}
+    )
+
+
+def unmatched(spec: Spec, nodes: Mapping[str, Node], gated: set[int]) -> list[Problem]:
+    """Gates and places that came to nothing: one that is misspelt must not pass for one that holds."""
+    problems = []
+    for index, gate in enumerate(spec.family.gates):
+        if index not in gated:
+            what = (
+                f"'{gate.beats}' is made at none of its sizes"
+                if gate.beats
+                else "it has no two sizes to compare"
+            )
+            message = f"gates.{index}: '{gate.match}' compares nothing: {what}"
+            problems.append(spec.problem(("gates", index, "match"), message))
+    for pattern in spec.family.place:
+        if pattern != "default" and not any(fnmatch.fnmatchcase(name, pattern) for name in nodes):
+            hint = (
+                did_you_mean(pattern, nodes)
+                if "*" not in pattern
+                else f"steps are called {next(iter(nodes))}"
+            )
+            message = f"place: '{pattern}' matches no step"
+            problems.append(spec.problem(("place", pattern), message, hint, key=True))
+    return problems
