@@ -11,7 +11,9 @@ evaluation read. Exit 1 if a line that the project promises does not hold.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
+import io
 import json
 import lzma
 import resource
@@ -243,10 +245,11 @@ def loop(table: Table, out: Path, steps: int = 30, rounds: int = 3) -> None:
     )
     bf16 = job.precision == "bf16"
 
-    def ours() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            model = training.start_model(job, {}, tokenizer)
-            return float(training.train_rows(job, model, rows, Path(folder))["tokens_per_second"])
+    def ours(threads: int = job.threads) -> float:
+        mine = type(job)(**{**job.__dict__, "threads": threads})
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            model = training.start_model(mine, {}, tokenizer)
+            return float(training.train_rows(mine, model, rows, Path(folder))["tokens_per_second"])
 
     def bare() -> float:
         model = training.start_model(job, {}, tokenizer)
@@ -266,6 +269,12 @@ def loop(table: Table, out: Path, steps: int = 30, rounds: int = 3) -> None:
             optimizer.zero_grad()
         return steps * batch * job.params["context"] / (time.perf_counter() - started)
 
+    if torch.get_num_threads() > 1:
+        cores = torch.get_num_threads()
+        many, single = ours(cores), ours(1)
+        table.line(
+            f"pretraining, {cores} threads against one", f"{many:,.0f} / {single:,.0f} = {many / single:.2f}"
+        )
     pairs = [(ours(), bare()) for _ in range(rounds)]
     ratios = sorted(a / b for a, b in pairs)
     best = ratios[len(ratios) // 2]
