@@ -298,8 +298,9 @@ def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
         trainable = lora(node.shape, int(adapters["r"])) if adapters else None
         batch = max(1, round(work.sequences))
         forced = {k: node.runtime[k] for k in ("micro_batch", "recompute") if node.runtime.get(k) is not None}
+        held_context = work.context * (2 if node.kind == "dpo" else 1)  # a pair is two sequences in one pass
         layout, held = choose(
-            node.shape, context=work.context, global_batch=batch, device=device, nodes=where.nodes, per_node=where.per_node,
+            node.shape, context=held_context, global_batch=batch, device=device, nodes=where.nodes, per_node=where.per_node,
             trainable_params=trainable, precision=precision, forced=forced,
         )  # fmt: skip
         used = where.accelerator.with_cores(threads).device if device.kind == "cpu" else device

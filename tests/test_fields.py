@@ -231,6 +231,7 @@ ROWS: dict[str, Row] = {
     "exports.*.quant": row("exports.0.quant=fp32", "nodes"),
     "exports.*.bits": w("exports.0.bits=8", "nodes"),
     "exports.*.block_size": row("exports.1.block_size=64", "key */instruct/export.onnx-int4"),
+    "exports.*.algorithm": row("exports.1.algorithm=rtn", "key */instruct/export.onnx-int4"),
     "exports.*.target": row("exports.1.target=[cpu, tiny]", "error", given="targets.tiny={memory: 1kB}"),
     "exports.*.calibrate.data": w("exports.0.calibrate.data=other", "nodes"),
     "exports.*.calibrate.n": w("exports.0.calibrate.n=32", "key */export.gptq-4"),

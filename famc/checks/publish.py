@@ -141,7 +141,7 @@ def exports(spec: Spec) -> Iterator[Fault]:
 
 def _way(export: Export) -> tuple[object, ...]:
     """What makes two exports of one format different."""
-    return (export.block_size, export.calibrate)
+    return (export.block_size, export.algorithm, export.calibrate)
 
 
 def _sound(spec: Spec) -> bool:
@@ -196,8 +196,9 @@ def _options(path: Path, label: str, export: Export) -> Iterator[Fault]:
             "calibrate is for gptq and awq",
             key=True,
         )
-    if "block_size" in export.model_fields_set and (export.format != "onnx" or "int4" not in export.quant):
-        yield Fault((*path, "block_size"), f"{label}: 'block_size' is for onnx int4", "remove it", key=True)
+    for field in ("block_size", "algorithm"):
+        if field in export.model_fields_set and (export.format != "onnx" or "int4" not in export.quant):
+            yield Fault((*path, field), f"{label}: '{field}' is for onnx int4", "remove it", key=True)
 
 
 def targets(spec: Spec) -> Iterator[Fault]:

@@ -146,6 +146,7 @@ class Published(Trained):
             params: dict[str, Any] = {"format": export.format, "quant": quant}
             if quant == "int4" and export.format == "onnx":
                 params["block_size"] = export.block_size
+                params["algorithm"] = export.algorithm
             inputs = {"model": model}
             if export.calibrate:
                 inputs["data"] = self.mix(*self.names.mix_of("calibrate", export.calibrate.data))

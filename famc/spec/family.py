@@ -210,6 +210,9 @@ class Export(Strict):
     quant: Some = Field((), description="onnx: fp32, int8, int4; gguf: q4_k_m, q8_0 …")
     bits: int | None = Field(None, ge=2, le=16, description="bits of a calibrated format")
     block_size: int = Field(32, ge=16, le=256, description="weights that share a scale (int4)")
+    algorithm: Literal["rtn", "k_quant"] = Field(
+        "k_quant", description="how int4 scales are found: rounding, or k-quants' search"
+    )
     target: Some = Field((), description="what it must run on: cpu, cuda, or a name in targets")
     calibrate: Calibrate | None = Field(None, description="data for a calibrated format")
 

@@ -69,7 +69,13 @@ def onnx(job: Job, model: Path, out: Path, quant: str) -> dict[str, Any]:
     if quant not in FILES:
         raise StepFailed(f"no ONNX export in {quant}", did_you_mean(quant, FILES))
     try:
-        facts = build_decoder(model, out, quant, block_size=int(job.params.get("block_size", 32)))
+        facts = build_decoder(
+            model,
+            out,
+            quant,
+            block_size=int(job.params.get("block_size", 32)),
+            algorithm=str(job.params.get("algorithm", "rtn")),
+        )
     except ValueError as error:
         raise StepFailed(str(error), "export it as safetensors, or change the architecture") from None
     return dict(facts)
