@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,6 @@ class Plan:
     graph: Graph
     steps: Mapping[str, Planned]
     out: Path
-    problems: tuple[str, ...] = field(default=())
 
     @property
     def family(self) -> Family:

@@ -293,10 +293,10 @@ def gates(spec: Spec) -> Iterator[Fault]:
         if gate.beats is not None:
             yield from model_ref(spec, gate.beats, (*path, "beats"), f"{label}.beats")
         for position, metric in enumerate(gate.metrics):
-            yield from _metric((*path, "metrics", position), label, metric, key=False)
+            yield from _metric(spec, gate, (*path, "metrics", position), label, metric, key=False)
         for metric, bound in (gate.require or {}).items():
             at: Path = (*path, "require", metric)
-            yield from _metric(at, label, metric, key=True)
+            yield from _metric(spec, gate, at, label, metric, key=True)
             if bound.min is None and bound.max is None:
                 yield Fault(at, f"{label}: '{metric[:64]}' needs min or max", key=True)
             if bound.min is not None and bound.max is not None and bound.min > bound.max:
@@ -311,10 +311,41 @@ def conditions(gate: Gate) -> list[str]:
     return [c for c in CONDITIONS if getattr(gate, c)]
 
 
-def _metric(path: Path, label: str, metric: str, *, key: bool) -> Iterator[Fault]:
+def _metric(spec: Spec, gate: Gate, path: Path, label: str, metric: str, *, key: bool) -> Iterator[Fault]:
+    """A metric that nothing measures, or that the gate's suite does not. lm_eval's names are its harness's own."""
+    suites = _suites(spec, gate)
+    tasks = {task for suite in suites for task in _tasks(spec, suite)}
+    if "lm_eval" in tasks:
+        return
+    known = {name for task in tasks for name in others.METRICS.get(task, ())}
     if metric not in others.HIGHER_IS_BETTER:
         hint = did_you_mean(metric[:200], others.HIGHER_IS_BETTER)
         yield Fault(path, f"{label}: unknown metric '{metric[:64]}'", hint, key=key)
+    elif known and metric not in known:
+        what = f"{label}: '{metric}' is not measured by suite {' or '.join(repr(s) for s in sorted(suites))}"
+        yield Fault(path, what, f"it measures {', '.join(sorted(known))}", key=key)
+
+
+def _suites(spec: Spec, gate: Gate) -> set[str]:
+    """Suites whose results a gate reads."""
+    named = gate.suite or gate.monotonic
+    if named is not None:
+        return {named}
+    family = spec.family
+    return {
+        variant.eval
+        for name, variant in family.variants.items()
+        if variant.eval and any(_meant(gate, size, name) for size in family.sizes_of(variant.sizes))
+    }
+
+
+def _meant(gate: Gate, size: str, variant: str) -> bool:
+    return fnmatch.fnmatchcase(f"{size}/{variant}", gate.match) or gate.match == variant
+
+
+def _tasks(spec: Spec, suite: str) -> tuple[str, ...]:
+    declared = spec.family.evals.get(suite)
+    return tuple(t.task for t in declared) if declared is not None else others.SUITES.get(suite, ())
 
 
 def matches(spec: Spec) -> Iterator[Fault]:

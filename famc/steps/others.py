@@ -119,6 +119,12 @@ HIGHER_IS_BETTER = {
     "bits_per_byte": False, "perplexity": False, "answer_loss": False, "token_accuracy": True, "chrf": True,
     "exact_match": True, "preference_accuracy": True, "preference_accuracy_implicit": True, "ended": True,
 }  # fmt: skip
+# all that a task measures; lm_eval measures what its harness names
+METRICS = {
+    "bits_per_byte": ("bits_per_byte", "perplexity"),
+    "answers": ("answer_loss", "token_accuracy", "chrf", "exact_match", "ended"),
+    "preference": ("preference_accuracy", "preference_accuracy_implicit"),
+}
 # examples that an evaluation reads unless told otherwise, and tokens of one
 EVAL_EXAMPLES = {"bits_per_byte": 400, "answers": 100, "preference": 200}
 FORMATS = {"bits_per_byte": "text", "answers": "messages", "preference": "preference"}

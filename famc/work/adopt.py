@@ -128,7 +128,7 @@ def shape_problems(config: Mapping[str, Any], shape: Mapping[str, Any]) -> list[
     if shape.get("moe"):
         has.pop("ffn")
         has["moe"] = {
-            "experts": config.get("num_experts"),
+            "experts": config.get("num_local_experts", config.get("num_experts")),  # transformers 5, and 4
             "active": config.get("num_experts_per_tok"),
             "ffn": config.get("moe_intermediate_size"),
         }

@@ -557,6 +557,9 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
     ("unknown required metric", [("{bits_per_byte: {max", "{bit_per_byte: {max")], [
         "36:29: gates.2: unknown metric 'bit_per_byte'; did you mean 'bits_per_byte'?",
     ]),
+    ("metric of another suite", [("{bits_per_byte: {max", "{chrf: {max")], [
+        "36:29: gates.2: 'chrf' is not measured by suite 'lm'; it measures bits_per_byte, perplexity",
+    ]),
     ("limits that exclude each other", [("{max: 8.0}", "{min: 9, max: 8}")], [
         "36:29: gates.2: 'bits_per_byte' can't be at least 9 and at most 8",
     ]),
