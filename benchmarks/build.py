@@ -96,15 +96,16 @@ def build(table: Table, out: Path, options: list[str], limit: float | None) -> N
             json.dumps(result.get("failed") or result.get("message"))[:300],
             False,
         )
-    compute = 0.0
+    spent: dict[str, float] = {}
     peak = 0
-    for record in (out / "store").rglob("famc.json"):
+    records = sorted((out / "store").rglob("famc.json"), key=lambda p: p.stat().st_mtime)
+    for record in records:  # the newest artifact of a step counts
         values = json.loads(record.read_text())
-        peak = max(peak, values["peak_rss_bytes"])
         if values["name"] in result.get("done", ()):
-            compute += values["metrics"].get("compute_cpu_seconds", 0.0) or values["cpu_seconds"] * (
-                values["kind"] in ("eval", "parity")
-            )
+            peak = max(peak, values["peak_rss_bytes"])
+            scoring = values["cpu_seconds"] if values["kind"] in ("eval", "parity") else 0.0
+            spent[values["name"]] = values["metrics"].get("compute_cpu_seconds") or scoring
+    compute = sum(spent.values())
     ran = len(result.get("done", ()))
     table.line(f"famc build {' '.join(options)}", f"{wall:.0f} s, {cpu:.0f} CPU-s, {ran} steps", f"<= {limit:.0f} s" if limit else "",
                wall <= limit if limit else None)  # fmt: skip

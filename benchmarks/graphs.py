@@ -1,7 +1,7 @@
 """How long famc needs to plan, and to find nothing to do, at 60, 1,000 and 10,000 steps; doit and snakemake beside it.
 
     python benchmarks/graphs.py                   # famc alone
-    python benchmarks/graphs.py --peers           # with doit and snakemake (pip install doit snakemake)
+    python benchmarks/graphs.py --peers PYTHON    # beside doit and snakemake, which that interpreter has
 
 The graph is famc's own: sizes x a chain of stages, each reading tokenizer, data and its parent (fan-in 3). The peers get the
 same edges as file targets. Artifacts are stand-ins written through the store, as training 10,000 models would take a while.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 LIMITS = {60: 0.5, 1_000: 0.8, 10_000: 2.0}
 MEMORY = 300e6
-STAGES = 19
+STAGES = 39
 
 
 def spec_text(steps: int) -> str:
@@ -122,7 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has doit and snakemake")
     parser.add_argument("--steps", type=int, nargs="*", default=list(LIMITS))
     args = parser.parse_args()
     missed = 0
@@ -145,12 +145,12 @@ def main() -> int:
             peer = folder / "peer"
             peer.mkdir()
             peer_files(edges(spec, out), peer)
-            doit = [sys.executable, "-m", "doit", "run"]
+            doit = [args.peers, "-m", "doit", "run"]
             subprocess.run(doit, cwd=peer, stdout=subprocess.DEVNULL, check=True)
             seconds, _, code = measure(doit, peer, 3)
             print(f"            doit, nothing to do {seconds:.2f} s (exit {code})", flush=True)
             if steps <= 1_500:
-                snake = [sys.executable, "-m", "snakemake", "-c1", "--quiet", "all"]
+                snake = [args.peers, "-m", "snakemake", "-c1", "--quiet", "all"]
                 subprocess.run(
                     [*snake, "--touch"],
                     cwd=peer,

@@ -5,6 +5,7 @@ step or gate failed, 2 usage or spec error, 3 the plan can't fit its hardware, 1
 from __future__ import annotations
 
 import argparse
+import gc as garbage
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
         args = _parser().parse_args(argv)
+        garbage.disable()  # commands make plans of up to 100,000 small objects that live to the end; `build` turns it on
         return int(args.run(args))
     except FamcError as error:
         return _tell(error, as_json)
@@ -63,7 +65,11 @@ def validate(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
+    from famc.plan import measured
+
     made = _plan(args)
+    if args.json or args.output or args.all:
+        made = measured(made)
     if args.output:
         Path(args.output).write_text(json.dumps(made.to_dict(), indent=1) + "\n", encoding="utf-8")
     if args.json:
@@ -86,6 +92,7 @@ def build(args: argparse.Namespace) -> int:
         publish(made)
         _say(args, None, "\n".join(total_lines(made)))
         return 0
+    garbage.enable()
     with Events(sys.stderr) if args.json else view(made, quiet=args.quiet) as tell:
         report = run(made, tell=tell, keep_going=not args.fail_fast)
     folders = publish(made, report.failed)
@@ -153,7 +160,9 @@ def why(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    made = _plan(args, names=False)
+    from famc.plan import measured
+
+    made = measured(_plan(args, names=False))
     names = _selected(args, made.graph, [args.step], made)
     if args.json:
         nodes = [made.graph.nodes[n] for n in names]

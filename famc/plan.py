@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,7 @@ class Plan:
     graph: Graph
     steps: Mapping[str, Planned]
     out: Path
+    keys: Mapping[str, str]  # of every step of the graph, planned or not
 
     @property
     def family(self) -> Family:
@@ -226,16 +227,21 @@ def plan(
             unfit.append(_unfit(node, where, error))
             continue
         status, because = _status(node, step.key, present.get(name, []), steps, store)
-        measured = _measured(store, name, step.key) if status == "cached" else None
-        steps[name] = _with(step, status=status, because=because, seconds=measured or step.seconds,
-                            basis="measured" if measured else step.basis)  # fmt: skip
+        steps[name] = replace(step, status=status, because=because)
     if unfit:
         raise FitError("\n".join(unfit))
-    return Plan(graph, steps, out)
+    return Plan(graph, steps, out, all_keys)
 
 
-def _with(step: Planned, **changes: Any) -> Planned:
-    return Planned(**({f: getattr(step, f) for f in step.__dataclass_fields__} | changes))
+def measured(made: Plan) -> Plan:
+    """The plan with what cached steps really took, from their records: one file each, so only where it is shown."""
+    store = Store(made.out / "store")
+    steps = dict(made.steps)
+    for name, step in made.steps.items():
+        seconds = _measured(store, name, step.key) if step.status == "cached" else None
+        if seconds is not None:
+            steps[name] = replace(step, seconds=seconds, basis="measured")
+    return replace(made, steps=steps)
 
 
 # --- hardware --------------------------------------------------------------------------------------------------------
@@ -370,8 +376,7 @@ def _unfit(node: Node, where: Hardware, error: Exception) -> str:
 def _status(
     node: Node, key: str, present: list[Path], steps: Mapping[str, Planned], store: Store
 ) -> tuple[str, tuple[str, ...]]:
-    folder = store.path(node.name, key)
-    if folder in present:
+    if any(folder.name.endswith(key[:12]) for folder in present):
         return "cached", ()
     lacking = [need for need in node.needs if need not in steps]  # it fits nowhere: told by FitError
     blocked = [need for need in node.needs if need in steps and steps[need].status == "blocked"]

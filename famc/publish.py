@@ -15,7 +15,7 @@ from typing import Any
 
 from famc.errors import UsageError
 from famc.graph import Node
-from famc.plan import Plan, keys
+from famc.plan import Plan
 from famc.store import RECORD, Store, finite, link_or_copy
 
 MARK = ".famc-release"  # which artifact a released folder is
@@ -33,7 +33,7 @@ def publish(plan: Plan, failed: Mapping[str, str] | None = None) -> list[Path]:
     """
     store = Store(plan.out / "store")
     root = plan.out / plan.family.release.path
-    key = keys(plan.graph)
+    key = plan.keys
     scores = _metrics(plan, store, key)
     before = _before(root / INDEX)
     entries: list[dict[str, Any]] = []

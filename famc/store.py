@@ -31,23 +31,31 @@ _ARTIFACT = re.compile(r"-[0-9a-f]{12}$")
 
 def canonical(value: Any) -> str:
     """JSON with one spelling a value. What has no stable spelling raises TypeError, naming its type."""
-    _refuse(value)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    _refuse_keys(value)
+    try:
+        return json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_refuse
+        )
+    except ValueError as error:  # inf, nan, or a value inside itself
+        raise TypeError(f"a float such as inf or nan can't be part of a key: {error}") from None
 
 
-def _refuse(value: Any) -> None:
+def _refuse_keys(value: Any) -> None:
+    """json.dumps would spell the keys 1 and "1" alike. Containers only: a plan hashes 10,000 of these."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if not isinstance(key, str):  # json.dumps would spell 1 and "1" alike
+            if not isinstance(key, str):
                 raise TypeError(f"a {type(key).__name__} can't name a value in a key: use text")
-            _refuse(item)
+            if isinstance(item, dict | list | tuple):
+                _refuse_keys(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            _refuse(item)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise TypeError(f"the float {value} can't be part of a key: it has no JSON form")
-    elif value is not None and not isinstance(value, str | int | float):
-        raise TypeError(f"a {type(value).__name__} can't be part of a key: give it a stable form in graph.py")
+            if isinstance(item, dict | list | tuple):
+                _refuse_keys(item)
+
+
+def _refuse(value: Any) -> Any:
+    raise TypeError(f"a {type(value).__name__} can't be part of a key: give it a stable form in graph/")
 
 
 def digest(value: Any) -> str:
@@ -88,8 +96,9 @@ class Store:
 
     def scan(self) -> dict[str, list[Path]]:
         """All artifacts by address, the newest first. Reads directory entries only."""
-        found: dict[str, list[tuple[float, Path]]] = {}
-        todo = [self.root]
+        found: dict[str, list[tuple[float, str]]] = {}
+        root = os.fspath(self.root)
+        todo = [root]
         while todo:
             folder = todo.pop()
             try:
@@ -99,16 +108,15 @@ class Store:
             for entry in entries:
                 if not entry.is_dir(follow_symlinks=False) or entry.name == PARTIAL:
                     continue
-                path = Path(entry.path)
                 if _ARTIFACT.search(entry.name):
                     with contextlib.suppress(FileNotFoundError):
-                        when = (path / RECORD).stat().st_mtime
-                        address = path.relative_to(self.root).as_posix()[:-13]
-                        found.setdefault(address, []).append((when, path))
+                        when = os.stat(f"{entry.path}/{RECORD}").st_mtime  # noqa: PTH116 - ten thousand of them
+                        address = entry.path[len(root) + 1 : -13].replace(os.sep, "/")
+                        found.setdefault(address, []).append((when, entry.path))
                         continue
-                todo.append(path)  # part of an address, even where a size is called like an artifact
+                todo.append(entry.path)  # part of an address, even where a size is called like an artifact
         return {
-            name: [p for _, p in sorted(items, key=lambda i: (-i[0], str(i[1])))]
+            name: [Path(p) for _, p in sorted(items, key=lambda i: (-i[0], i[1]))]
             for name, items in found.items()
         }
 

@@ -14,7 +14,7 @@ from famc.spec.load import Spec
 from famc.spec.text import Path as Where
 from famc.steps import KINDS, others
 from famc.steps.adopt import Adopt
-from famc.steps.base import RUNTIME, Amount, Setting, Training
+from famc.steps.base import RUNTIME, Amount, Resolved, Setting, Training
 from famc.steps.corpus import amount as corpus_amount
 from famc.steps.corpus import work as corpus_work
 from famc.steps.mixes import Wanted, mix_amount, mix_params, source_params
@@ -30,6 +30,7 @@ class Trained:
         self.family = spec.family
         self.names = Names(spec)
         self.nodes: dict[str, Node] = {}
+        self.given: dict[int, Resolved] = {}
         self.written: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
         self.published: dict[tuple[str, str], list[str]] = {}  # nodes by size and variant
         self.gated: set[int] = set()  # gates of the spec that became steps
@@ -75,7 +76,10 @@ class Trained:
         teacher_shape = (
             self.shapes[self.nodes[inputs["teacher"]].size or size] if teacher is not None else None
         )
-        resolved = spec.resolve(Setting(shape, self.params[size], data), origins.get)
+        if id(spec) not in self.given:  # one object a stage and set of overrides: it lives as long as this
+            self.given[id(spec)] = spec.written(origins.get)
+        given = self.given[id(spec)]
+        resolved = spec.fill(given, Setting(shape, self.params[size], data))
         values = dict(resolved.values)
         values["seed"] = self.family.family.seed
         parent = self.nodes[inputs["model"]].params.get("shape") if "model" in inputs else None

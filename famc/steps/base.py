@@ -135,6 +135,10 @@ class Training(StageSpec):
 
     def resolve(self, setting: Setting, origin: Callable[[str], str | None]) -> Resolved:
         """All values concrete. `origin(field)` names who wrote a field, None where nobody did."""
+        return self.fill(self.written(origin), setting)
+
+    def written(self, origin: Callable[[str], str | None]) -> Resolved:
+        """The values as they stand in the spec: the same at every size that nothing overrides."""
         values: dict[str, Any] = {}
         reasons: dict[str, str] = {}
         for name, info in type(self).model_fields.items():
@@ -147,6 +151,11 @@ class Training(StageSpec):
         for name in Lr.model_fields:
             values[f"lr.{name}"] = getattr(self.lr, name)
             reasons[f"lr.{name}"] = origin(f"lr.{name}") or "default"
+        return Resolved(values, reasons)
+
+    def fill(self, given: Resolved, setting: Setting) -> Resolved:
+        """What is left out, filled for a size."""
+        values, reasons = dict(given.values), dict(given.reasons)
         for key, fill in self.DEFAULTS.items():
             if values.get(key) is None or values[key] == "scaling_law":
                 values[key], reasons[key] = fill(self, setting)
