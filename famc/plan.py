@@ -221,13 +221,12 @@ def plan(
         if name not in wanted:
             continue
         where = hardware.get(node.backend or "", fallback)
+        key = all_keys[name]
+        standing = _status(node, key, present.get(name, []), steps, store)
         try:
-            step = _plan_step(node, all_keys[name], where)
+            steps[name] = _plan_step(node, key, where, *standing)
         except (DoesNotFit, ValueError) as error:
             unfit.append(_unfit(node, where, error))
-            continue
-        status, because = _status(node, step.key, present.get(name, []), steps, store)
-        steps[name] = replace(step, status=status, because=because)
     if unfit:
         raise FitError("\n".join(unfit))
     return Plan(graph, steps, out, all_keys)
@@ -290,7 +289,7 @@ def _use(name: str, use: BackendUse, folder: Path, here: Any) -> Hardware:
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
+def _plan_step(node: Node, key: str, where: Hardware, status: str, because: tuple[str, ...]) -> Planned:
     device = where.accelerator.device
     wish = node.params.get("precision", "auto")
     precision, why = where.accelerator.training_precision() if wish == "auto" else (wish, "set in the spec")
@@ -313,7 +312,7 @@ def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
             node.shape, layout, used, steps=max(1, math.ceil(work.optimizer_steps)), context=work.context,
             per_node=where.per_node, flops=work.flops, trainable_params=trainable,
         )  # fmt: skip
-        return Planned(node, key, "new", (), where, layout, held, device.usable, estimate.seconds, estimate.mfu,
+        return Planned(node, key, status, because, where, layout, held, device.usable, estimate.seconds, estimate.mfu,
                        _weaker(estimate.basis, work.basis), why, threads)  # fmt: skip
     layout = Layout(precision="fp32" if device.kind == "cpu" else precision)
     if work.mode == "infer" and node.shape is not None:
@@ -334,7 +333,7 @@ def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
             raise DoesNotFit(held.biggest, "use a backend with more memory", held, device.usable)
         peak = device.peak(layout.precision) * layout.devices
         seconds = roofline.STARTUP[device.kind] / 3 + work.flops / (peak * 0.3) + work.cpu_seconds
-        return Planned(node, key, "new", (), where, layout, held, device.usable, seconds, work.flops / (seconds * peak),
+        return Planned(node, key, status, because, where, layout, held, device.usable, seconds, work.flops / (seconds * peak),
                        "modelled", "", threads)  # fmt: skip
     if node.kind == "export" and node.shape is not None:
         held = Memory(weights=count(node.shape).total * 4.0 * 1.6, overhead=PLAIN_MEMORY.overhead)
@@ -342,7 +341,7 @@ def _plan_step(node: Node, key: str, where: Hardware) -> Planned:
         held = PLAIN_MEMORY
     seconds = 0.5 + work.cpu_seconds
     return Planned(
-        node, key, "new", (), where, layout, held, device.usable, seconds, 0.0, work.basis, "", threads
+        node, key, status, because, where, layout, held, device.usable, seconds, 0.0, work.basis, "", threads
     )
 
 

@@ -12,7 +12,7 @@ from fake_build import SPEC, Fake, machine, toy_plan, write_spec
 
 from famc.errors import FitError
 from famc.graph import open_family
-from famc.plan import keys, plan
+from famc.plan import keys, measured, plan
 from famc.run import run
 from famc.store import RECORD, Store
 
@@ -284,7 +284,7 @@ def test_needs_stand_before_what_needs_them(built):
 
 
 def test_a_finished_step_tells_measured_seconds_and_the_others_do_not(built):
-    made = toy_plan(built, LR)
+    made = measured(toy_plan(built, LR))
     for step in made.steps.values():
         assert (step.basis == "measured") == (step.status == "cached")
         assert (step.seconds == 0.5) == (step.status == "cached")
