@@ -83,15 +83,16 @@ def plan(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> int:
     from famc.publish import publish
-    from famc.report.live import Events, view
     from famc.report.tables import show_seconds, total_lines
-    from famc.run import run
 
     made = _plan(args)
     if not made.to_run and not args.json:
         publish(made)
         _say(args, None, "\n".join(total_lines(made)))
         return 0
+    from famc.report.live import Events, view  # here: nothing to do is the common case, and told at once
+    from famc.run import run
+
     garbage.enable()
     with Events(sys.stderr) if args.json else view(made, quiet=args.quiet) as tell:
         report = run(made, tell=tell, keep_going=not args.fail_fast)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path as FilePath
 
 from famc.cost.shape import Shape
@@ -184,7 +184,7 @@ class Names:
         elif data in mixes:
             name, mix = data, mixes[data]
         else:
-            name, mix = data, Mix(weights={data: 1.0})
+            name, mix = data, _as_it_is(data)
         first = next(iter(mix.weights), "").partition(".")[0]
         return name, mix, format_of(sources[first]) if first in sources else "text"
 
@@ -288,3 +288,9 @@ def spec_files(spec: Spec) -> Files:
     files = spec.document.memo.setdefault("files", Files())
     assert isinstance(files, Files)
     return files
+
+
+@lru_cache(maxsize=1024)
+def _as_it_is(source: str) -> Mix:
+    """A source alone, as a mix: asked once a step of a large family."""
+    return Mix(weights={source: 1.0})
