@@ -335,11 +335,12 @@ def _suites(spec: Spec, gate: Gate) -> set[str]:
     return {
         variant.eval
         for name, variant in family.variants.items()
-        if variant.eval and any(_meant(gate, size, name) for size in family.sizes_of(variant.sizes))
+        if variant.eval and any(gate_means(gate, size, name) for size in family.sizes_of(variant.sizes))
     }
 
 
-def _meant(gate: Gate, size: str, variant: str) -> bool:
+def gate_means(gate: Gate, size: str, variant: str) -> bool:
+    """Whether a gate is about a variant at a size: `*/instruct`, or just `instruct`."""
     return fnmatch.fnmatchcase(f"{size}/{variant}", gate.match) or gate.match == variant
 
 

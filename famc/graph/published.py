@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from famc.checks import split_ref
+from famc.checks.publish import gate_means
 from famc.errors import Problem, did_you_mean
 from famc.graph.node import Node
 from famc.graph.trained import Trained
@@ -219,7 +220,7 @@ class Published(Trained):
         """Gate nodes on a variant's scores."""
         made: list[str] = []
         for index, gate in enumerate(self.family.gates):
-            if matches(gate, size, variant) and not (gate.parity or gate.max_drop):
+            if gate_means(gate, size, variant) and not (gate.parity or gate.max_drop):
                 inputs = self.gate_inputs(gate, size, variant)
                 if inputs is not None:
                     self.gated.add(index)
@@ -362,11 +363,6 @@ class Published(Trained):
                 found[node.name] = node.params["license"] or "unknown"
             todo += [need for role, need in node.inputs.items() if not role.startswith("eval.")]
         return dict(sorted(found.items()))
-
-
-def matches(gate: Gate, size: str, variant: str) -> bool:
-    """Whether a gate is about a variant at a size: `*/instruct`, or just `instruct`."""
-    return fnmatch.fnmatchcase(f"{size}/{variant}", gate.match) or gate.match == variant
 
 
 def gate_name(gate: Gate) -> str:

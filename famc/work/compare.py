@@ -5,17 +5,17 @@ A gate on these numbers should ask for `value <= limit`: a broken candidate may 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from famc.work.likelihood import without_bars
 
 Ids = list[list[int]]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,7 +42,7 @@ class TorchDecoder:
 
     def __init__(self, model_dir: Path, threads: int) -> None:
         torch.set_num_threads(threads)
-        with _without_bars():
+        with without_bars():
             self._model = AutoModelForCausalLM.from_pretrained(
                 model_dir, dtype=torch.float32, local_files_only=True
             ).eval()
@@ -180,7 +180,7 @@ def tokenizer_report(
     `equal` is the conjunction of the booleans. `round_trip` asks that ids decode to the text as the
     tokenizer's own normaliser (NFC, say) leaves it.
     """
-    with _without_bars():
+    with without_bars():
         source = AutoTokenizer.from_pretrained(source_dir, local_files_only=True)
         released = AutoTokenizer.from_pretrained(released_dir, local_files_only=True)
 
@@ -223,18 +223,6 @@ def _round_trips(tokenizer: Any, text: str) -> bool:
     expected = text if normalizer is None else normalizer.normalize_str(text)
     back: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return back == expected
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Loading without transformers' progress bars."""
-    were_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _exp(x: float) -> float:

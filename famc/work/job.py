@@ -1,3 +1,0 @@
-from famc.job import Job
-
-__all__ = ["Job"]
