@@ -352,8 +352,8 @@ def _threads(node: Node, cores: int) -> int:
     return max(1, min(cores, round(count(node.shape).total / PARAMETERS_A_THREAD)))
 
 
-# Parameters that keep one more CPU thread busy in training. A second thread made a 1.1 M model 3 % and a 2.5 M model
-# 13 % faster (benchmarks/build.py --loop prints it): below, two jobs side by side do more.
+# Parameters that keep one more CPU thread busy in training. A second thread made the example's 2.5 M model 1.1 to 1.2
+# times as fast (benchmarks/build.py --loop prints it): below, two jobs side by side do more.
 PARAMETERS_A_THREAD = 10_000_000
 
 
