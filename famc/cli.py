@@ -254,6 +254,37 @@ def gc(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    """How fast a variant's exports are here, in each runtime that is installed."""
+    from famc.bench import RUNTIMES, all_requests, measure
+    from famc.report.bench import bench_lines
+
+    for name in args.runtime or ():
+        if name not in RUNTIMES:
+            raise UsageError(f"no runtime is called '{name}'", did_you_mean(name, RUNTIMES))
+    made = _plan(args, names=False)
+    wanted = all_requests(
+        made, [args.variant], threads=args.threads, prompt=args.prompt, tokens=args.tokens, repeats=args.repeats,
+        runtimes=args.runtime or RUNTIMES,
+    )  # fmt: skip
+    loud = not (args.json or args.quiet) and sys.stderr.isatty()
+    result = measure(wanted, tell=lambda text: print(f"measuring {text}", file=sys.stderr) if loud else None)
+    _say(args, result, "\n".join(bench_lines(result)))
+    return 0 if any(row["error"] is None for row in result["rows"]) else 1
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """What this machine and this installation have; with --exports, what can be exported to what."""
+    from famc.report.doctor import exports, exports_lines, machine, machine_lines
+
+    if args.exports:
+        _say(args, exports(), "\n".join(exports_lines()))
+    else:
+        found = machine()
+        _say(args, found, "\n".join(machine_lines(found)))
+    return 0
+
+
 def schema(args: argparse.Namespace) -> int:
     from famc.schema import json_schema
 
@@ -347,8 +378,23 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "graph": (graph, "the steps as a picture: Mermaid or Graphviz"),
     "verify": (verify, "re-hash every artifact"),
     "gc": (gc, "remove artifacts that the spec no longer reaches"),
+    "bench": (bench, "speed, memory and size of a variant's exports on this machine"),
+    "doctor": (doctor, "what this machine and installation have; what can be exported to what"),
     "schema": (schema, "the JSON Schema of a spec, for editors"),
 }
+
+
+def _bench_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("variant", metavar="VARIANT", help="m/instruct, or instruct at all its sizes")
+    command.add_argument(
+        "--threads", metavar="N", type=int, default=0, help="threads of a runtime (default: all cores)"
+    )
+    command.add_argument("--prompt", metavar="N", type=int, default=512, help="tokens of the prompt")
+    command.add_argument("--tokens", metavar="N", type=int, default=64, help="tokens that are decoded")
+    command.add_argument("--repeats", metavar="N", type=int, default=3, help="how often each is measured")
+    command.add_argument(
+        "--runtime", metavar="NAME", action="append", help="only this one, e.g. llama.cpp; may be repeated"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -364,11 +410,17 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=function)
         command.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
         command.add_argument("-q", "--quiet", action="store_true", help="errors only")
-        if name == "schema":
+        if name == "doctor":
+            command.add_argument(
+                "--exports", action="store_true", help="architecture x task x format x quantisation x runtime"
+            )
+        if name in ("schema", "doctor"):
             continue
         command.add_argument("spec", metavar="SPEC", help="the family's YAML file")
         if name in ("why", "show"):
             command.add_argument("step", metavar="STEP", help="a step, or a selector")
+        if name == "bench":
+            _bench_options(command)
         command.add_argument(
             "--out", metavar="DIR", help="where the store and the release lie (default: generated/<family>)"
         )

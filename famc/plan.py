@@ -19,13 +19,14 @@ from typing import Any
 from famc.backend import Accelerator, detect_cpu, load_accelerator
 from famc.cost import memory, money, roofline
 from famc.cost.layout import DoesNotFit, Layout, choose
-from famc.cost.memory import Memory
+from famc.cost.memory import RUNTIME, Memory
 from famc.cost.parameters import count, lora
 from famc.errors import FitError, StoreError
 from famc.graph import Graph, Node
 from famc.job import KEY_SCHEMA, Job, preimage
 from famc.spec.family import BackendUse, Family
 from famc.steps import KINDS
+from famc.steps.exports import export_memory
 from famc.store import Store, digest, read_record
 
 # A worker without a model still holds Python, the tokenizer, and a few chunks of text (measured: 150–350 MB).
@@ -336,7 +337,9 @@ def _plan_step(node: Node, key: str, where: Hardware, status: str, because: tupl
         return Planned(node, key, status, because, where, layout, held, device.usable, seconds, work.flops / (seconds * peak),
                        "modelled", "", threads)  # fmt: skip
     if node.kind == "export" and node.shape is not None:
-        held = Memory(weights=count(node.shape).total * 4.0 * 1.6, overhead=PLAIN_MEMORY.overhead)
+        held = Memory(
+            weights=export_memory(node.shape, count(node.shape).total, node.params), overhead=RUNTIME["cpu"]
+        )
     else:
         held = PLAIN_MEMORY
     seconds = 0.5 + work.cpu_seconds

@@ -13,6 +13,7 @@ from famc.steps import STAGES
 SHORT: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Export", "quant", {"type": "string"}),
     ("Export", "target", {"type": "string"}),
+    ("Calibrate", "data", {"type": "string"}),
     *((f"stage_{kind}", "lr", {"type": "number", "exclusiveMinimum": 0}) for kind in STAGES),
 )
 PRESET = {"type": "string", "description": "a preset"}

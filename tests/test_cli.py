@@ -18,6 +18,7 @@ from famc.plan import Plan
 from famc.run import run
 from famc.store import Store
 
+NO_SPEC = ("schema", "doctor")  # commands that read no family
 LR = ("lr: 1e-3", "lr: 2e-3")
 NO_DATA = ("path: data/qa.jsonl", "path: data/none.jsonl")
 
@@ -35,15 +36,23 @@ def famc(tmp_path, capsys, monkeypatch):
         def __exit__(self, *_):
             return None
 
+    def measures(request, timeout=0):
+        spread = {"median": 100.0, "min": 90.0, "max": 110.0}
+        if request["runtime"] == "bandwidth":
+            return {"read": 2e10, "copy": 1e10, "threads": 1, "cache_bytes": 0}
+        return {"threads": 1, "prefill": spread, "decode": spread, "first_token": spread, "load_seconds": 0.1,
+                "peak_rss_bytes": 5_000_000}  # fmt: skip
+
     monkeypatch.setattr("famc.run.Execute", Executes)
+    monkeypatch.setattr("famc.bench.subprocess_runner", measures)
 
     def call(command: str, *arguments: str, spec: str = "toy.yaml", edits=(), failing=()):
         if edits is not None:
             write_spec(tmp_path, *edits)
         fail.clear()
         fail.update(failing)
-        out = [] if command == "schema" else ["--out", "out"]
-        code = main([command, *([] if command == "schema" else [spec]), *arguments, *out])
+        out = [] if command in NO_SPEC else ["--out", "out"]
+        code = main([command, *([] if command in NO_SPEC else [spec]), *arguments, *out])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -57,7 +66,7 @@ def built(tmp_path: Path, *edits) -> Plan:
 
 
 def arguments(command: str) -> list[str]:
-    return ["s/sft"] if command in ("why", "show") else []
+    return {"why": ["s/sft"], "show": ["s/sft"], "bench": ["s/instruct"]}.get(command, [])
 
 
 # --- what all commands have in common ---------------------------------------------------------------------
@@ -72,7 +81,7 @@ def test_json_is_one_document_and_nothing_else(tmp_path, famc, command):
     assert err == ""
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "schema"])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in NO_SPEC])
 @pytest.mark.parametrize(
     ("spec", "edits", "error", "says"),
     [

@@ -164,11 +164,11 @@ BLOCKED = {
     ),
     "a format without a worker": (
         [
-            ("format: onnx, quant: [fp32, int4], target: cpu", "format: gguf"),
+            ("format: onnx, quant: [fp32, int4], target: cpu", "format: fp8"),
             ('  - {match: "*/*/export.onnx-*", parity: {tokenizer: exact, kl: 0.05}}\n', ""),
         ],
-        "s/instruct/export.gguf-q4_k_m",
-        "format 'gguf' can be planned, but this version of famc has no worker for it",
+        "s/instruct/export.fp8-8",
+        "format 'fp8' of text-generation models can be planned, but this version of famc has no worker for it",
     ),
     "data that is not here": (
         [("path: data/qa.jsonl", "path: data/none.jsonl")],

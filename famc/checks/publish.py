@@ -18,6 +18,7 @@ from famc.spec.load import Spec
 from famc.spec.quantity import show_bytes
 from famc.spec.text import Path
 from famc.spec.words import Fault
+from famc.steps import exports as exporting
 from famc.steps import others
 from famc.steps.mixes import format_of
 
@@ -113,11 +114,7 @@ def exports(spec: Spec) -> Iterator[Fault]:
             )
         yield from _size_names(spec, export.sizes, (*path, "sizes"), f"{label}.sizes")
         yield from _options(path, label, export)
-        if export.calibrate is not None:
-            at: Path = (*path, "calibrate", "data")
-            yield from unknown(
-                spec, at, f"{label}.calibrate: no mix or source is called", export.calibrate.data, DATA
-            )
+        yield from _calibration(spec, export, path, label)
         for target in export.target:
             yield from unknown(
                 spec, (*path, "target"), f"{label}: unknown target", target, ("targets",), BUILTIN_TARGETS
@@ -130,7 +127,7 @@ def exports(spec: Spec) -> Iterator[Fault]:
             message = f"{label} makes nothing: {' and '.join(export.variants)} is not made at these sizes"
             yield Fault(path, message, "see variants.*.sizes")
         for size, variant in pairs:
-            for quant in quants(export):
+            for quant in exporting.quants(export):
                 other, first = made.setdefault((size, variant, f"{export.format}-{quant}"), (index, export))
                 if other != index and (index, other) not in told and _way(first) != _way(export):
                     told.add((index, other))
@@ -139,9 +136,28 @@ def exports(spec: Spec) -> Iterator[Fault]:
                     yield Fault((*path, "format"), f"{label}: {what}", "leave one of them out")
 
 
+def _calibration(spec: Spec, export: Export, path: Path, label: str) -> Iterator[Fault]:
+    """Data that is there, and that a language model can read."""
+    names = export.calibrate.data if export.calibrate is not None else ()
+    at: Path = (*path, "calibrate", "data")
+    if export.calibrate is not None and not names:
+        yield Fault(at, f"{label}.calibrate.data is empty", "write at least one source")
+    sources = spec.family.data.sources
+    for name in names:
+        yield from unknown(spec, at, f"{label}.calibrate: no mix or source is called", name, DATA)
+        source = sources.get(name)
+        if source is not None and format_of(source) not in exporting.CALIBRATION_FORMATS:
+            known = ", ".join(exporting.CALIBRATION_FORMATS)
+            message = f"{label}.calibrate: '{name}' is of format '{format_of(source)}'"
+            yield Fault(at, message, f"calibration reads {known}")
+
+
 def _way(export: Export) -> tuple[object, ...]:
     """What makes two exports of one format different."""
-    return (export.block_size, export.algorithm, export.calibrate)
+    return (
+        export.block_size, export.algorithm, export.symmetric, export.lm_head, export.embeddings,
+        export.calibrate, export.mixed,
+    )  # fmt: skip
 
 
 def _sound(spec: Spec) -> bool:
@@ -159,46 +175,61 @@ def _sound(spec: Spec) -> bool:
     )
 
 
-def quants(export: Export) -> tuple[str, ...]:
-    """The quantisations that an export makes."""
-    return (*export.quant, *([str(export.bits)] if export.bits else [])) or others.DEFAULT_QUANT[
-        export.format
-    ]
-
-
 def _options(path: Path, label: str, export: Export) -> Iterator[Fault]:
-    known = [quant for fmt, quant in others.EXPORTS if fmt == export.format and quant != "*"]
-    for quant in export.quant:
-        if known and quant not in known:
-            yield Fault(
-                (*path, "quant"),
-                f"{label}: {export.format} has no '{quant[:64]}'",
-                did_you_mean(quant[:64], known),
-            )
-        elif export.format in ("gptq", "awq", "fp8"):
-            yield Fault(
-                (*path, "quant"),
-                f"{label}: {export.format} takes no 'quant'",
-                "gptq and awq take 'bits'",
-                key=True,
-            )
-    if export.bits is not None and export.format not in ("gptq", "awq"):
+    fmt, made = export.format, exporting.quants(export)
+    calibrated = fmt in exporting.CALIBRATED_FORMATS
+    if fmt in ("gptq", "awq", "fp8") and export.quant:
+        hint = "gptq and awq take 'bits'"
+        yield Fault((*path, "quant"), f"{label}: {fmt} takes no 'quant'", hint, key=True)
+    elif fmt not in ("gptq", "awq", "fp8"):
+        known = exporting.known_quants(fmt)
+        for quant in export.quant:
+            if quant not in known:
+                hint = did_you_mean(quant[:64], known)
+                yield Fault((*path, "quant"), f"{label}: {fmt} has no '{quant[:64]}'", hint)
+    if export.bits is not None and not calibrated:
+        what = f"{label}: 'bits' is for gptq and awq"
+        yield Fault((*path, "bits"), what, f"{fmt} takes 'quant'", key=True)
+    elif export.bits not in (None, 4, 8):
+        yield Fault((*path, "bits"), f"{label}: {fmt} has no {export.bits} bits", "write 4 or 8")
+    int4 = fmt == "onnx" and "int4" in made
+    packed = int4 or (fmt == "onnx" and "int8" in made)
+    allowed = {
+        "block_size": (packed or calibrated, "onnx int4 and int8, gptq and awq"),
+        "algorithm": (int4, "onnx int4"),
+        "symmetric": (int4, "onnx int4"),  # transformers can't read packed zero points
+        "lm_head": (packed, "onnx int4 and int8"),
+        "embeddings": (packed, "onnx int4 and int8"),
+        "mixed": (int4 or (calibrated and "4" in made), "onnx int4, and gptq and awq of 4 bits"),
+        "calibrate": (int4 or calibrated, "onnx int4, gptq and awq"),
+    }
+    for field, (fits, where) in allowed.items():
+        if field in export.model_fields_set and not fits:
+            yield Fault((*path, field), f"{label}: '{field}' is for {where}", "remove it", key=True)
+    yield from _algorithm(path, label, export, int4, calibrated)
+    if export.block_size is not None and export.block_size & (export.block_size - 1):
+        hint = "onnxruntime and vLLM take 16, 32, 64, 128 and 256"
         yield Fault(
-            (*path, "bits"),
-            f"{label}: 'bits' is for gptq and awq",
-            f"{export.format} takes 'quant'",
-            key=True,
+            (*path, "block_size"), f"{label}: block_size {export.block_size} is no power of two", hint
         )
-    if export.calibrate is not None and export.format not in ("gptq", "awq"):
-        yield Fault(
-            (*path, "calibrate"),
-            f"{label}: {export.format} is not calibrated",
-            "calibrate is for gptq and awq",
-            key=True,
-        )
-    for field in ("block_size", "algorithm"):
-        if field in export.model_fields_set and (export.format != "onnx" or "int4" not in export.quant):
-            yield Fault((*path, field), f"{label}: '{field}' is for onnx int4", "remove it", key=True)
+
+
+def _algorithm(path: Path, label: str, export: Export, int4: bool, calibrated: bool) -> Iterator[Fault]:
+    """What an algorithm needs, and what it can't have."""
+    looks: str | None = export.format if calibrated else "mixed" if export.mixed is not None else None
+    looks = str(export.algorithm) if export.algorithm in exporting.CALIBRATED else looks
+    if looks is not None and export.calibrate is None:
+        hint = "for example calibrate: {data: SOURCE, n: 128}"
+        yield Fault(path, f"{label}: '{looks}' needs 'calibrate'", hint)
+    if export.algorithm in exporting.ASYMMETRIC and export.symmetric:
+        hint = "leave symmetric out, or take rtn, gptq or awq"
+        message = f"{label}: {export.algorithm} searches for zero points, so it can't be symmetric"
+        yield Fault((*path, "symmetric"), message, hint)
+    data_free = export.algorithm is not None and export.algorithm not in exporting.CALIBRATED
+    if int4 and export.calibrate is not None and data_free and export.mixed is None:
+        hint = "take gptq or awq, or set 'mixed'"
+        message = f"{label}: {export.algorithm} looks at no data"
+        yield Fault((*path, "calibrate"), message, hint, key=True)
 
 
 def targets(spec: Spec) -> Iterator[Fault]:
@@ -214,26 +245,42 @@ def targets(spec: Spec) -> Iterator[Fault]:
                 v in family.variants and family.stage_of(v, size) for v in export.variants
             ):
                 continue
-            for quant in quants(export):
-                archs = others.EXPORTS.get((export.format, quant), frozenset())
-                if archs and shape.arch not in archs:
-                    if (index, shape.arch) not in told:
-                        told.add((index, shape.arch))
-                        near = ", ".join(
-                            f"{f} {q}" for (f, q), a in others.EXPORTS.items() if shape.arch in a
-                        )
-                        what = f"{export.format} {quant} does not support"
-                        what += f" architecture '{shape.arch}' (size {size})"
-                        yield Fault(
-                            ("exports", index, "format"), f"exports.{index}: {what}", f"supported: {near}"
-                        )
+            for quant in exporting.quants(export):
+                if quant not in exporting.known_quants(export.format):
+                    continue  # told above
+                refused = [t for t in _tasks_of(spec, export, size)
+                           if exporting.capability(shape.arch, t, export.format, quant) is None]  # fmt: skip
+                for task in refused:
+                    if (index, quant, shape.arch, task) not in told:
+                        told.add((index, quant, shape.arch, task))
+                        what = f"{export.format} {quant} does not support {task} models"
+                        what += f" of architecture '{shape.arch}' (size {size})"
+                        hint = exporting.nearest(shape.arch, task, export.format, quant)
+                        yield Fault(("exports", index, "format"), f"exports.{index}: {what}", hint)
+                if refused:
                     continue
+                block, inputs = export.block_size, (shape.hidden, shape.ffn, shape.heads * shape.head_dim)
+                short = [width for width in inputs if block and width % block]
+                if export.format in exporting.CALIBRATED_FORMATS and short and (index, "block") not in told:
+                    told.add((index, "block"))
+                    message = f"exports.{index}: block_size {block} does not divide {short[0]} (size {size})"
+                    yield Fault(
+                        ("exports", index, "block_size"), message, "leave it out: famc finds one that does"
+                    )
                 for name in export.target:
                     target = family.targets.get(name)
                     if target is not None and not spec.touched("targets", name):
                         yield from _fits(
                             spec, index, size, shape, f"{export.format} {quant}", quant, name, target
                         )
+
+
+def _tasks_of(spec: Spec, export: Export, size: str) -> list[str]:
+    """What an export's variants are for at a size, as far as their stages are known."""
+    family = spec.family
+    stages = [family.stage_of(v, size) for v in export.variants if v in family.variants]
+    kinds = [family.stages[stage].kind for stage in stages if stage in family.stages]
+    return sorted({exporting.task_of(kind) for kind in kinds})
 
 
 def _fits(
@@ -258,7 +305,7 @@ def _fits(
 def _needed(shape: Shape, quant: str, target: Target) -> float:
     """Bytes of an export's weights, and of the KV cache that the target asks for."""
     cache = inference(shape, Layout(), min(target.context, shape.context)).kv_cache
-    return others.export_bytes(count(shape).total, quant) + cache
+    return exporting.export_bytes(count(shape).total, quant) + cache
 
 
 def gates(spec: Spec) -> Iterator[Fault]:
@@ -361,7 +408,7 @@ def matches(spec: Spec) -> Iterator[Fault]:
         for variant in export.variants
         for size in family.sizes_of(export.sizes)
         if (size, variant) in published
-        for quant in quants(export)
+        for quant in exporting.quants(export)
     ]
     for index, gate in enumerate(family.gates):
         path: Path = ("gates", index, "match")

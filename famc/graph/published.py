@@ -15,6 +15,7 @@ from famc.graph.trained import Trained
 from famc.spec.family import EvalTask, Export, Gate
 from famc.spec.load import Spec
 from famc.steps import STAGES, others
+from famc.steps import exports as exporting
 
 
 class Published(Trained):
@@ -138,55 +139,42 @@ class Published(Trained):
         """
         made = []
         model = self.model(variant, size)
+        task = exporting.task_of(self.nodes[model].kind)
         shape, parameters = self.shapes[size], self.params[size]
-        for quant in (*export.quant, *([str(export.bits)] if export.bits else [])) or others.DEFAULT_QUANT[
-            export.format
-        ]:
+        for quant in exporting.quants(export):
             label = f"{export.format}-{quant}"
-            address = f"{size}/{variant}/export.{label}"
-            params: dict[str, Any] = {"format": export.format, "quant": quant}
-            if quant == "int4" and export.format == "onnx":
-                params["block_size"] = export.block_size
-                params["algorithm"] = export.algorithm
+            params = {"task": task, **exporting.export_params(export, quant, shape)}
+            if export.format == "gguf":  # the file says what it is called
+                params["name"] = self.repo(size, variant, "").rpartition("/")[2]
             inputs = {"model": model}
-            if export.calibrate:
-                inputs["data"] = self.mix(*self.names.mix_of("calibrate", export.calibrate.data))
-                params["examples"] = export.calibrate.n
-            archs = others.EXPORTS.get(
-                (export.format, quant), others.EXPORTS.get((export.format, "*"), frozenset())
-            )
-            missing = (
-                ()
-                if archs
-                else (
-                    f"format '{export.format}' can be planned, but this version of famc has no worker for it",
-                )
-            )
-            work = others.export_work(parameters)
-            self.add(
-                Node(
-                    address,
-                    "export",
-                    size,
-                    variant,
-                    params,
-                    inputs=inputs,
-                    after=gates,
-                    shape=shape,
-                    work=work,
-                    missing=missing,
-                )
-            )
-            parity = ""
-            if archs:
-                parity = self.parity(size, variant, model, address, label, export.format)
+            if "examples" in params and export.calibrate is not None:
+                for data in export.calibrate.data:
+                    inputs[f"data.{data}"] = self.mix(*self.names.mix_of("calibrate", data))
+                inputs["tokenizer"] = self.tokenizer()
+                params["seed"] = self.family.family.seed
+            row = exporting.capability(shape.arch, task, export.format, quant)
+            assert row is not None  # checks refuse the others
+            missing: tuple[str, ...] = ()
+            if row.status == "later":
+                what = f"format '{export.format}' of {task} models"
+                missing = (f"{what} can be planned, but this version of famc has no worker for it",)
+            elif lack := exporting.lacking(export.format, quant):
+                missing = (lack,)
+            node = Node(
+                f"{size}/{variant}/export.{label}", "export", size, variant, params, inputs=inputs, after=gates,
+                shape=shape, work=exporting.export_work(shape, parameters, params), missing=missing,
+            )  # fmt: skip
+            address = self.add(node)
+            parity = self.parity(size, variant, node, label) if row.status == "yes" else ""
             made.append((address, parity, label))
         return made
 
-    def parity(self, size: str, variant: str, model: str, export: str, label: str, fmt: str) -> str:
-        inputs = {"model": model, "export": export, "tokenizer": self.tokenizer()}
-        params: dict[str, Any] = {"format": fmt, "context": min(self.shapes[size].context, 512), "texts": 24, "prompts": 8,
-                                  "max_new_tokens": 24}  # fmt: skip
+    def parity(self, size: str, variant: str, export: Node, label: str) -> str:
+        inputs = {"model": export.inputs["model"], "export": export.name, "tokenizer": self.tokenizer()}
+        params: dict[str, Any] = {
+            "format": export.params["format"], "context": min(self.shapes[size].context, 512), "texts": 24,
+            "prompts": 8, "max_new_tokens": 24,
+        }  # fmt: skip
         for role, task in (("text", "bits_per_byte"), ("chat", "answers")):
             data = next(
                 (
@@ -202,19 +190,11 @@ class Published(Trained):
         if self.spec.smoke:
             params |= {"texts": 4, "prompts": 2, "max_new_tokens": 4}
         shape = self.shapes[size]
-        name = f"{size}/{variant}/parity.{label}"
-        return self.add(
-            Node(
-                name,
-                "parity",
-                size,
-                variant,
-                params,
-                inputs=inputs,
-                shape=shape,
-                work=others.parity_work(shape),
-            )
-        )
+        node = Node(
+            f"{size}/{variant}/parity.{label}", "parity", size, variant, params, inputs=inputs, shape=shape,
+            work=others.parity_work(shape), missing=export.missing,
+        )  # fmt: skip
+        return self.add(node)
 
     def gates(self, size: str, variant: str) -> list[str]:
         """Gate nodes on a variant's scores."""
@@ -283,9 +263,30 @@ class Published(Trained):
         return self.add(Node(address, "gate", size, variant, params, inputs=inputs, work=others.SMALL))
 
     def release(self, size: str, variant: str, exports: list[str], gates: list[str]) -> None:
+        """A variant's folders: the model with its ONNX files, and one more for each format that has its own.
+
+        A folder waits for the variant's gates and those of the exports in it: a GGUF that fails stops nothing else.
+        """
+        folders: dict[str, list[str]] = {"": []}
+        for export in exports:
+            params = self.nodes[export].params
+            folders.setdefault(exporting.folder_suffix(params["format"], params["quant"]), []).append(export)
+        of_export = {gate: self.export_of(gate) for gate in gates}
+        for suffix, here in folders.items():
+            wanted = [gate for gate, export in of_export.items() if export is None or export in here]
+            self.folder(size, variant, suffix, here, wanted)
+
+    def export_of(self, gate: str) -> str | None:
+        """The export that a gate is about; None for a gate on the variant itself."""
+        parity = self.nodes[gate].inputs.get("parity")
+        return None if parity is None else self.nodes[parity].inputs["export"]
+
+    def folder(self, size: str, variant: str, suffix: str, exports: list[str], gates: list[str]) -> None:
+        """One released folder, with its card."""
         model = self.model(variant, size)
         family, release = self.family, self.family.release
         inputs = {"model": model, "tokenizer": self.tokenizer()}
+        label = suffix.lower().replace("-", ".")
         evals = [
             self.nodes[n] for n in self.published.get((size, variant), ()) if self.nodes[n].kind == "eval"
         ]
@@ -302,29 +303,22 @@ class Published(Trained):
             params = {
                 "family": family.family.model_dump(), "size": size, "variant": variant, "lineage": lineage,
                 "shape": self.nodes[model].params["shape"], "parameters": self.params[size],
-                "licenses": self.licenses(model),
+                "licenses": self.licenses(model), "repo": self.repo(size, variant, suffix),
+                "base": self.repo(size, variant, "") if suffix else None,
+                "exports": {e.rpartition("export.")[2]: exporting.shown(self.nodes[e].params) for e in exports},
             }  # fmt: skip
             gated = {f"gate.{n.rpartition('/gate.')[2]}": n for n in gates}
             card_inputs = {"model": model, "tokenizer": self.tokenizer(), **scores, **parity, **gated}
             card = Node(
-                f"{size}/{variant}/card", "card", size, variant, params, inputs=card_inputs, work=others.SMALL
-            )
+                f"{size}/{variant}/card{label}", "card", size, variant, params, inputs=card_inputs,
+                work=others.SMALL,
+            )  # fmt: skip
             inputs["card"] = self.add(card)
-        after = tuple(gates)
-        dash = "" if variant == "base" else f"-{variant}"
-        repo = release.repo.format_map(
-            {
-                "family": family.family.name,
-                "org": family.family.org,
-                "size": size,
-                "-variant": dash,
-                "variant": variant,
-                "-export": "",
-                "export": "",
-            }
-        )
         max_context = self.nodes[model].params["shape"]["context"]
-        params = {"repo": repo, "license": family.family.license, "max_context": max_context}
+        params = {
+            "repo": self.repo(size, variant, suffix), "license": family.family.license, "max_context": max_context,
+            "format": next((self.nodes[e].params["format"] for e in exports), "") if suffix else "",
+        }  # fmt: skip
         runtime = {
             "path": release.path,
             "collection": release.collection,
@@ -336,8 +330,20 @@ class Published(Trained):
             missing = (
                 "uploading to the hub can be planned, but this version of famc prepares the folder only: set release.dry_run",
             )
-        self.add(Node(f"{size}/{variant}/release", "release", size, variant, params, runtime, inputs=inputs, after=after,
-                      work=others.SMALL, missing=missing))  # fmt: skip
+        node = Node(
+            f"{size}/{variant}/release{label}", "release", size, variant, params, runtime, inputs=inputs,
+            after=tuple(gates), work=others.SMALL, missing=missing,
+        )  # fmt: skip
+        self.add(node)
+
+    def repo(self, size: str, variant: str, suffix: str) -> str:
+        """What a released folder is called; a format's suffix stands at {-export}, or at the end."""
+        family, pattern = self.family.family, self.family.release.repo
+        words = {
+            "family": family.name, "org": family.org, "size": size, "variant": variant,
+            "-variant": "" if variant == "base" else f"-{variant}", "-export": suffix, "export": suffix[1:],
+        }  # fmt: skip
+        return pattern.format_map(words) + ("" if "export}" in pattern else suffix)
 
     def lineage(self, model: str) -> list[str]:
         """Trained steps from the first to the model itself."""

@@ -12,7 +12,7 @@ from famc.graph.node import Node
 from famc.spec.family import Mix, StageSpec
 from famc.spec.load import Spec
 from famc.spec.text import Path as Where
-from famc.steps import KINDS, others
+from famc.steps import KINDS, exports, others
 from famc.steps.adopt import Adopt
 from famc.steps.base import RUNTIME, Amount, Resolved, Setting, Training
 from famc.steps.corpus import amount as corpus_amount
@@ -136,7 +136,7 @@ class Trained:
         runtime = {"folder": str(folder.resolve())} if folder else {}
         return Node(
             name, "adopt", size, None, values, runtime, origins, {"tokenizer": self.tokenizer()},
-            shape=self.shapes[size], work=others.export_work(self.params[size]), missing=missing,
+            shape=self.shapes[size], work=exports.convert_work(self.params[size]), missing=missing,
         )  # fmt: skip
 
     def not_ready(self, kind: str, values: Mapping[str, Any]) -> tuple[str, ...]:

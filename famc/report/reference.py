@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from famc.steps import KINDS, others
+from famc.steps import KINDS
+from famc.steps.exports import CAPABILITIES
 
 
 def kinds_table() -> str:
@@ -15,8 +16,20 @@ def kinds_table() -> str:
 
 
 def exports_table() -> str:
-    """Which architecture can be exported to what, as a Markdown table."""
-    rows = ["| format | quantisation | architectures |", "|---|---|---|"]
-    for (form, quant), archs in others.EXPORTS.items():
-        rows.append(f"| {form} | {quant} | {', '.join(sorted(archs)) or 'planned only'} |")
+    """What can be exported to what, as a Markdown table: the rows that this version makes, then what it only plans."""
+    rows = ["| task | format | quantisation | architectures | loaded by | |", "|---|---|---|---|---|---|"]
+    for cells in export_rows("yes"):
+        rows.append("| " + " | ".join(cells) + " |")
+    for task, fmt, quants, archs, _, _ in export_rows("later"):
+        rows.append(f"| {task} | {fmt} | {quants} | {archs} | planned only | |")
     return "\n".join(rows)
+
+
+def export_rows(status: str) -> list[tuple[str, str, str, str, str, str]]:
+    """(task, format, quantisations, architectures, runtimes, note): rows that differ in quantisation alone are one."""
+    merged: dict[tuple[str, str, str, str, str], list[str]] = {}
+    for row in CAPABILITIES:
+        if row.status == status:
+            key = (row.task, row.format, ", ".join(row.archs), ", ".join(row.runtimes), row.note)
+            merged.setdefault(key, []).append(row.quant)
+    return [(key[0], key[1], ", ".join(quants), *key[2:]) for key, quants in merged.items()]

@@ -197,8 +197,16 @@ class EvalTask(Strict):
 class Calibrate(Strict):
     """Data that a calibrated quantisation looks at."""
 
-    data: str = Field(description="a source or mix")
-    n: int = Field(512, ge=1, le=10**6, description="examples")
+    data: Some = Field(description="a source or mix, or a list of them, of text or conversations")
+    n: int = Field(512, ge=1, le=10**6, description="examples in all: conversations, or rows of text")
+
+
+class Mixed(Strict):
+    """Matrices that stay at 8 bits: the most sensitive ones, as many as it takes."""
+
+    max_drop: float = Field(
+        gt=0, le=1, description="perplexity on the calibration data may rise by this share (0.01 = 1 %)"
+    )
 
 
 class Export(Strict):
@@ -207,14 +215,29 @@ class Export(Strict):
     variants: tuple[str, ...] = Field(description="variants that are exported")
     sizes: str | tuple[str, ...] = Field("all", description="all, a group, or a list")
     format: Literal["safetensors", "onnx", "gguf", "gptq", "awq", "fp8"] = Field(description="file format")
-    quant: Some = Field((), description="onnx: fp32, int8, int4; gguf: q4_k_m, q8_0 …")
-    bits: int | None = Field(None, ge=2, le=16, description="bits of a calibrated format")
-    block_size: int = Field(32, ge=16, le=256, description="weights that share a scale (int4)")
-    algorithm: Literal["rtn", "k_quant"] = Field(
-        "k_quant", description="how int4 scales are found: rounding, or k-quants' search"
+    quant: Some = Field((), description="onnx: fp32, fp16, int8, int4; gguf: q4_k_m, q8_0 …")
+    bits: int | None = Field(None, ge=2, le=16, description="gptq, awq: bits of a weight")
+    block_size: int | None = Field(
+        None,
+        ge=16,
+        le=256,
+        description="weights that share a scale; default: onnx 32, gptq and awq up to 128",
     )
+    algorithm: Literal["rtn", "k_quant", "hqq", "gptq", "awq"] | None = Field(
+        None, description="how int4 codes are found; default: k_quant, with `calibrate` gptq"
+    )
+    symmetric: bool | None = Field(
+        None, description="int4 without zero points; default: as the algorithm has it"
+    )
+    lm_head: Literal["int4", "int8", "fp32"] | None = Field(
+        None, description="output head of onnx int8 and int4; default int8"
+    )
+    embeddings: Literal["int4", "int8", "fp32"] | None = Field(
+        None, description="embedding of onnx int8 and int4; default int8; a tied one shares the head's"
+    )
+    calibrate: Calibrate | None = Field(None, description="the family's own data, for gptq, awq and mixed")
+    mixed: Mixed | None = Field(None, description="keep the most sensitive matrices of an int4 at 8 bits")
     target: Some = Field((), description="what it must run on: cpu, cuda, or a name in targets")
-    calibrate: Calibrate | None = Field(None, description="data for a calibrated format")
 
 
 class Parity(Strict):

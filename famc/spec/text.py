@@ -312,8 +312,8 @@ def scalar(text: str, where: Where) -> Any:
 
 
 def assign(document: Document, target: str, value: Any, where: Where) -> Path | Problem:
-    """Put a value at `a.b.c` (names may hold dots; lists take an index). Returns the path, or why there is no
-    way there.
+    """Put a value at `a.b.c` (names may hold dots; lists take an index, and the one after the last adds an item).
+    Returns the path, or why there is no way there.
     """
     parts = target.split(".")
     current: Any = document.data
@@ -322,6 +322,8 @@ def assign(document: Document, target: str, value: Any, where: Where) -> Path | 
         step, used = _match(current, parts)
         parts = parts[used:]
         if isinstance(current, list):
+            if not parts and step == len(current):
+                current.append(None)
             if not isinstance(step, int) or step >= len(current):
                 return Problem(where, f"'{target}': no item {step!r} in a list of {len(current)}")
         elif step not in current:

@@ -1,7 +1,7 @@
-"""Light side of the kinds that are not stages: how much work they are, and the vocabulary of exports and evaluations.
+"""Light side of the kinds that are not stages: how much work they are, and the vocabulary of evaluations.
 
 Their parameters are composed in graph.py from the sections of the spec. Each worker is in famc/work under its name:
-tokenizer, mix, export, parity, eval, gate, card, release.
+tokenizer, mix, export, parity, eval, gate, card, release. What can be exported to what: exports.py.
 """
 
 from __future__ import annotations
@@ -43,55 +43,6 @@ def tokenizer_work(params: Mapping[str, Any]) -> Work:
 def mix_work(tokens: float) -> Work:
     """Tokenising: about 0.5 M tokens a CPU-second."""
     return Work("cpu", tokens=0.0, cpu_seconds=2.0 + tokens / 5e5)
-
-
-# --- exports --------------------------------------------------------------------------------------------------------
-
-# (format, quant) -> architectures that its worker builds and its parity check has loaded. Checked at plan time.
-# An empty set: the format can be planned and priced, and has no worker yet.
-DECODERS = frozenset({"qwen3", "llama"})
-EXPORTS: dict[tuple[str, str], frozenset[str]] = {
-    ("safetensors", "bf16"): DECODERS | {"qwen3_moe"},
-    ("safetensors", "fp32"): DECODERS | {"qwen3_moe"},
-    ("onnx", "fp32"): DECODERS,
-    ("onnx", "int8"): DECODERS,
-    ("onnx", "int4"): DECODERS,
-    ("gguf", "*"): frozenset(),
-    ("gptq", "*"): frozenset(),
-    ("awq", "*"): frozenset(),
-    ("fp8", "*"): frozenset(),
-}
-DEFAULT_QUANT = {
-    "safetensors": ("bf16",),
-    "onnx": ("fp32",),
-    "gguf": ("q4_k_m",),
-    "gptq": ("4",),
-    "awq": ("4",),
-    "fp8": ("8",),
-}
-_BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "int8": 1.0,
-    "int4": 0.56,
-    "q8_0": 1.06,
-    "q4_k_m": 0.6,
-    "q4_0": 0.56,
-    "8": 1.0,
-    "4": 0.56,
-}
-# file that an export adds to a release, as transformers.js expects them
-ONNX_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_int8.onnx", "int4": "onnx/model_q4.onnx"}
-
-
-def export_bytes(parameters: int, quant: str) -> float:
-    """Bytes of the weights in an export."""
-    return parameters * _BYTES.get(quant, 2.0)
-
-
-def export_work(parameters: int) -> Work:
-    """Reading, packing and writing every weight: about 50 M parameters a CPU-second, and 2 s to trace the graph."""
-    return Work("cpu", cpu_seconds=2.0 + parameters / 5e7)
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------

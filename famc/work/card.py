@@ -13,11 +13,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from famc.job import Job
-from famc.steps.others import HIGHER_IS_BETTER, ONNX_FILES
+from famc.steps.exports import CALIBRATED_FORMATS, GENAI_ORDER, JS_DTYPES, ONNX_FILES
+from famc.steps.others import HIGHER_IS_BETTER
+from famc.work.export import gguf_name
 from famc.work.scores import RESULTS, Score, read_json
 
 TEMPLATES = Path(__file__).parent.parent / "report" / "templates"
 SAMPLES = 5
+CARD_FORMATS = ("safetensors", "onnx", "gguf", *CALIBRATED_FORMATS)
+ONNX_ORDER = ("int4", "int8", "fp32", "fp16")  # the first is what the card shows how to run
 LONGEST = 600  # characters of one message on the card
 
 # what a metric says, for readers who do not know it
@@ -36,7 +40,6 @@ MEANING = {
     "chosen_tokens": "mean length of the chosen answers, tokens",
     "rejected_tokens": "mean length of the rejected answers, tokens",
 }
-JS_DTYPES = {"onnx-fp32": "fp32", "onnx-int8": "int8", "onnx-int4": "q4"}  # transformers.js's `dtype`
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -68,36 +71,41 @@ def context(job: Job, inputs: Mapping[str, Path]) -> dict[str, Any]:
     params = job.params
     family: Mapping[str, Any] = params["family"]
     licenses = dict(params["licenses"])
-    dash = "" if params["variant"] == "base" else f"-{params['variant']}"
     parities = _parities(job, inputs)
-    labels = [p["label"] for p in parities]
-    onnx = [label for label in labels if label in JS_DTYPES]
-    suites = _suites(inputs)
+    exports: Mapping[str, Mapping[str, Any]] = params.get("exports") or {}
+    made = {
+        fmt: [q for e in exports.values() if e["format"] == fmt for q in [str(e["quant"])]]
+        for fmt in CARD_FORMATS
+    }
+    onnx = sorted(made["onnx"], key=lambda quant: list(ONNX_ORDER).index(quant))
+    name = str(params["repo"]).rpartition("/")[2]
     return {
-        "name": f"{family['name']}-{params['size']}{dash}",
+        "name": name,
         "family": family,
         "size": params["size"],
         "variant": params["variant"],
         "chat": params["variant"] != "base",
+        "base": params.get("base"),
         "lineage": list(params["lineage"]),
         "parameters": int(params["parameters"]),
         "shape": params["shape"],
         "licenses": licenses,
         "unknown": [name for name, value in licenses.items() if not value or value == "unknown"],
         "differing": sorted({v for v in licenses.values() if v and v not in ("unknown", family["license"])}),
-        "front": front_matter(family, params, onnx),
-        "suites": suites,
+        "front": front_matter(family, params, made),
+        "suites": _suites(inputs),
         "parities": parities,
         "gates": _gates(job, inputs),
         "samples": _samples(inputs)[:SAMPLES],
-        "onnx": [
-            {"label": o, "file": ONNX_FILES[o.removeprefix("onnx-")], "dtype": JS_DTYPES[o]} for o in onnx
-        ],
+        "onnx": [{"file": ONNX_FILES[q], "dtype": JS_DTYPES[q]} for q in onnx],
+        "genai": next((ONNX_FILES[q] for q in GENAI_ORDER if q in onnx), None),
+        "ggufs": [gguf_name(name.removesuffix("-GGUF"), quant) for quant in made["gguf"]],
+        "quantised": [e for e in exports.values() if e["format"] in CALIBRATED_FORMATS],
         "context": params["shape"]["context"],
     }
 
 
-def front_matter(family: Mapping[str, Any], params: Mapping[str, Any], onnx: list[str]) -> str:
+def front_matter(family: Mapping[str, Any], params: Mapping[str, Any], made: Mapping[str, list[str]]) -> str:
     """The YAML that the hub reads."""
     known = family["license"] != "unknown"
     tags = [family["name"], params["variant"], params["shape"]["arch"], "famc"]
@@ -105,10 +113,15 @@ def front_matter(family: Mapping[str, Any], params: Mapping[str, Any], onnx: lis
         "license": family["license"] if known else "other",
         **({} if known else {"license_name": "unknown"}),
         "language": list(family["languages"]),
-        "library_name": "transformers",
+        "library_name": "gguf" if made["gguf"] else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": tags + (["onnx", "transformers.js"] if onnx else []),
+        "tags": tags + (["onnx", "transformers.js"] if made["onnx"] else []),
     }
+    if params.get("base"):  # the hub shows it below the model that it was made from
+        values |= {
+            "base_model": f"{family['org']}/{str(params['base']).rpartition('/')[2]}",
+            "base_model_relation": "quantized",
+        }
     # JSON's strings are YAML's, in quotes: `no` stays Norwegian
     return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
 

@@ -1,12 +1,16 @@
-"""A Hugging Face decoder folder to ONNX: fp32, int8 or int4 weights, with the key-value cache in the graph.
+"""A Hugging Face decoder folder to ONNX: fp32, fp16, int8 or int4 weights, with the key-value cache in the graph.
 
-onnxruntime-genai's model builder makes the graph; famc puts right what would keep others from loading it or
-make its bytes change: the names of dimensions, external data, and the stamp of the producer.
+In: a model folder. Out: `onnx/model*.onnx` as transformers.js names them, and genai_config.json beside onnx/, with
+which the very same file loads in onnxruntime-genai.
+onnxruntime-genai's model builder makes the float graph; famc takes the bits away (onnx_quantize.py) and puts right
+what would keep others from loading it or make its bytes change: the names of dimensions, external data, and the
+stamp of the producer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import io
 import json
@@ -14,19 +18,27 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 from transformers import AutoConfig, PretrainedConfig
 
+from famc.steps.exports import ASYMMETRIC
+from famc.work.onnx_quantize import Recipe, quantize_graph
+from famc.work.quantize import ALGORITHMS, CALIBRATED, Grid, Quantized
+from famc.work.scores import write_json
+
 log = logging.getLogger(__name__)
 
-Quant = Literal["fp32", "int8", "int4"]
+Quant = Literal["fp32", "fp16", "int8", "int4"]
 
 # the names that transformers.js looks for, by its `dtype` option
-FILES: dict[Quant, str] = {"fp32": "model.onnx", "int8": "model_int8.onnx", "int4": "model_q4.onnx"}
+FILES: dict[Quant, str] = {
+    "fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx", "int4": "model_q4.onnx",
+}  # fmt: skip
+GENAI = "genai_config.json"
 
 # Architectures and their kinds of RoPE whose logits equal torch's. The builder knows more: compare before
 # adding one (it divides by zero on yarn's defaults, and reads a partial RoPE as a full one).
@@ -35,9 +47,6 @@ ROPE_TYPES = {
     "Qwen3ForCausalLM": ("default", "linear"),
 }
 ARCHITECTURES = tuple(ROPE_TYPES)
-
-# The builder's third, `default`, gives a broken graph for a tied int4 model with its head at 8 bits.
-ALGORITHMS = ("rtn", "k_quant")
 
 # A protobuf message ends at 2^31 - 1 bytes; the graph around the weights gets 16 MiB of that.
 INLINE_LIMIT = 2**31 - 2**24
@@ -48,39 +57,83 @@ def build_decoder(
     out: Path,
     quant: Quant,
     *,
-    block_size: int = 32,
-    algorithm: str = "rtn",
-    last_matmul_int8: bool = True,
+    recipe: Recipe | None = None,
+    progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> dict[str, float | int | str]:
-    """Write `out/onnx/model.onnx`, `model_int8.onnx` or `model_q4.onnx`, and say what was made.
+    """Write `out/onnx/model.onnx`, `model_fp16.onnx`, `model_int8.onnx` or `model_q4.onnx` and `out/genai_config.json`,
+    and say what was made.
 
-    `block_size` weights share a scale; `algorithm` is `rtn` or `k_quant`; `last_matmul_int8` keeps the output
-    head of an int4 model at 8 bits, which costs little and gives most of the quality back.
+    `recipe` says how int8 and int4 weights lose their bits (default: `recipe_of(quant)`). ValueError for an
+    architecture that can't be exported, or that would come out wrong.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"the ONNX export doesn't know the algorithm {algorithm!r}; it knows {ALGORITHMS}")
+    if quant in ("fp32", "fp16"):
+        if recipe is not None:
+            raise ValueError(f"an {quant} export has no recipe: nothing is quantised")
+    else:
+        recipe = recipe or recipe_of(quant)
     begun = time.perf_counter()
     config = _checked_config(model_dir)
-    options = ["hf_token=false"]
-    if quant != "fp32":
-        options += [f"block_size={block_size}", f"algo_config={algorithm}"]
-    if quant == "int4" and last_matmul_int8:
-        options += ["matmul_mixed_precision=last_matmul:int8"]
-
     target = out / "onnx" / FILES[quant]
     target.parent.mkdir(parents=True, exist_ok=True)
+    errors: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=out) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        _run_builder(model_dir, made, quant, options)
+        _run_builder(model_dir, made, "fp16" if quant == "fp16" else "fp32")
         model = ir.load(made / "model.onnx")
-        genai = json.loads((made / "genai_config.json").read_text(encoding="utf-8"))
+        genai = json.loads((made / GENAI).read_text(encoding="utf-8"))
         _name_cache_dims(model, int(genai["model"]["decoder"]["head_size"]))
-        if config.tie_word_embeddings:
-            _share_embedding(model)
+        if recipe is not None:
+            errors = quantize_graph(model, recipe, tied=config.tie_word_embeddings, progress=progress)
         _stamp(model)
         _save(model, target)  # before the scratch folder goes: the weights are still mapped from it
-        return _facts(model, target, time.perf_counter() - begun)
+        write_json(out / GENAI, genai_config(genai, target.name))
+        return _facts(model, target, errors, time.perf_counter() - begun)
+
+
+def recipe_of(
+    quant: str,
+    *,
+    block_size: int = 32,
+    algorithm: str = "rtn",
+    symmetric: bool | None = None,
+    lm_head: str = "int8",
+    embeddings: str = "int8",
+    made: Mapping[str, Quantized] | None = None,
+) -> Recipe:
+    """A recipe from the words of a spec: `block_size` weights share a scale; `lm_head` and `embeddings` are `int4`,
+    `int8` or `fp32`. Eight bits for the head of an int4 model cost little and give most of the quality back.
+
+    `symmetric` None: as the algorithm has it (searches for zero points need zero points).
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"the ONNX export doesn't know the algorithm {algorithm!r}; it knows {ALGORITHMS}")
+    if algorithm in CALIBRATED and not made and quant == "int4":
+        raise ValueError(f"{algorithm} needs matrices that were calibrated before")
+    if symmetric is None:
+        symmetric = algorithm not in ASYMMETRIC
+    bits = {"int4": 4, "int8": 8}
+    if quant == "int8":
+        lm_head = "int8" if lm_head == "int4" else lm_head
+        embeddings = "int8" if embeddings == "int4" else embeddings
+
+    def grid(word: str) -> Grid | None:
+        # eight bits lie so near that a zero point gains nothing, and a head without one is read faster
+        return Grid(bits[word], block_size, symmetric if bits[word] == 4 else True) if word in bits else None
+
+    body = grid(quant)
+    if body is None:
+        raise ValueError(f"{quant} is no quantisation of ONNX: {', '.join(bits)}")
+    return Recipe(body, algorithm, grid(lm_head), grid(embeddings), made or {})
+
+
+def genai_config(made: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """The builder's genai_config.json for a graph below onnx/, on any provider: what is in the file decides."""
+    config: dict[str, Any] = json.loads(json.dumps(made))
+    decoder = config["model"]["decoder"]
+    decoder["filename"] = f"onnx/{file}"
+    decoder["session_options"]["provider_options"] = []
+    return config
 
 
 def _checked_config(model_dir: Path) -> PretrainedConfig:
@@ -104,13 +157,18 @@ def _checked_config(model_dir: Path) -> PretrainedConfig:
     return config
 
 
-def _run_builder(model_dir: Path, made: Path, quant: Quant, options: list[str]) -> None:
+def _run_builder(model_dir: Path, made: Path, precision: str) -> None:
+    # fp16 is for GPUs, but the file must run (and be compared) on a CPU as well: attention that takes the norms of
+    # q and k into itself exists on GPUs only.
+    provider = "webgpu" if precision == "fp16" else "cpu"
+    options = ["hf_token=false", *(["fuse_qk_norm_gqa=false"] if precision == "fp16" else [])]
     with _quiet():
         # Here, not above: this import appends the builder's folder to sys.path and loads every architecture.
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-        where = (None, str(model_dir), str(made), quant, "cpu", str(made.parent / "cache"))
+        where = (None, str(model_dir), str(made), precision, provider, str(made.parent / "cache"))
         create_model(*where, **parse_extra_options(*where, options))
+    gc.collect()  # the builder's model is a web of cycles: torch's weights go with it
 
 
 @contextlib.contextmanager
@@ -137,43 +195,8 @@ def _quiet() -> Iterator[None]:
             log.debug("onnxruntime-genai's builder said:\n%s", said.getvalue())
 
 
-def _share_embedding(model: ir.Model) -> None:
-    """Let tied embeddings read the output head's quantised weights.
-
-    The builder does so for int4 only; an int8 file would carry the embedding matrix a second time, in fp32.
-    """
-    nodes = {node.name: node for node in model.graph}
-    gather, head = nodes.get("/model/embed_tokens/Gather"), nodes.get("/lm_head/MatMul_Q8")
-    if gather is None or head is None:
-        return
-    block, rows, width = (_integer(head, name) for name in ("block_size", "N", "K"))
-    if width % block:  # the head's rows are padded to whole blocks: keep the fp32 matrix
-        return
-    shape = ir.tensor([rows, width], name="/model/embed_tokens/shape", dtype=ir.DataType.INT64)
-    constant = ir.node("Constant", [], attributes={"value": shape}, name="/model/embed_tokens/Constant")
-    flat = ir.node("Reshape", [head.inputs[1], constant.outputs[0]], name="/model/embed_tokens/Reshape")
-    constant.outputs[0].name = "/model/embed_tokens/Constant/output_0"
-    flat.outputs[0].name = "/model/embed_tokens/Reshape/output_0"
-    lookup = ir.node(
-        "GatherBlockQuantized",
-        [flat.outputs[0], gather.inputs[1], *head.inputs[2:4]],  # weights, ids, scales, maybe zero points
-        attributes={"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1},
-        domain="com.microsoft",
-        name="/model/embed_tokens/GatherBlockQuantized",
-    )
-    old, new = gather.outputs[0], lookup.outputs[0]
-    matrix = gather.inputs[0]
-    new.type, new.shape = old.type, old.shape
-    model.graph.insert_before(gather, [constant, flat, lookup])
-    old.replace_all_uses_with(new)
-    model.graph.remove(gather, safe=True)
-    new.name = "/model/embed_tokens/GatherBlockQuantized/output_0"
-    if matrix is not None and matrix.name and not matrix.uses():
-        model.graph.initializers.pop(matrix.name, None)
-
-
 def _name_cache_dims(model: ir.Model, head_dim: int) -> None:
-    """transformers.js makes the empty cache from the graph: `batch_size` by name, the head sizein digits."""
+    """transformers.js makes the empty cache from the graph: `batch_size` by name, the head size in digits."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.name and value.name.startswith(("past_key_values.", "present.")) and value.shape is not None:
             value.shape = ir.Shape(["batch_size", *value.shape[1:3], head_dim])
@@ -201,22 +224,29 @@ def _save(model: ir.Model, target: Path) -> None:
             ir.save(model, target, external_data=data.name)
 
 
-def _facts(model: ir.Model, target: Path, seconds: float) -> dict[str, float | int | str]:
+def _facts(
+    model: ir.Model, target: Path, errors: Mapping[str, float], seconds: float
+) -> dict[str, float | int | str]:
     bits = [_integer(node, "bits") for node in model.graph if node.op_type == "MatMulNBits"]
     data = target.with_name(target.name + "_data")
     external = data.stat().st_size if data.exists() else 0
-    return {
+    facts: dict[str, float | int | str] = {
         "file": str(Path("onnx") / target.name),
         "bytes": target.stat().st_size + external,
         "external_bytes": external,
         "nodes": sum(1 for _ in model.graph),
         "nodes_int4": bits.count(4),
         "nodes_int8": bits.count(8),
-        "nodes_fp32": sum(_reads_weights(node) for node in model.graph),
+        "nodes_float": sum(_reads_weights(node) for node in model.graph),
         "embedding": _kept_as(model, "/model/embed_tokens/"),
         "lm_head": _kept_as(model, "/lm_head/"),
         "seconds": seconds,
     }
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        facts |= {"weight_error_worst": errors[worst], "worst": worst}
+        facts["weight_error_mean"] = sum(errors.values()) / len(errors)
+    return facts
 
 
 def _reads_weights(node: ir.Node) -> bool:
@@ -225,10 +255,13 @@ def _reads_weights(node: ir.Node) -> bool:
 
 
 def _kept_as(model: ir.Model, prefix: str) -> str:
-    """`fp32`, `int8` or `int4`: the weights that the nodes under `prefix` read."""
+    """`fp32`, `fp16`, `int8` or `int4`: the weights that the nodes under `prefix` read."""
     nodes = [node for node in model.graph if (node.name or "").startswith(prefix)]
     found = [_integer(node, "bits") for node in nodes if "bits" in node.attributes]
-    return f"int{found[0]}" if found else "fp32"
+    if found:
+        return f"int{found[0]}"
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    return "fp16" if logits.dtype == ir.DataType.FLOAT16 else "fp32"
 
 
 def _initializers(model: ir.Model) -> Iterator[Any]:

@@ -30,6 +30,8 @@ class OnnxDecoder:
         inputs = self._session.get_inputs()
         self._names = {i.name for i in inputs}
         self._past = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values.")}
+        kinds = {i.type for i in inputs if i.name in self._past}
+        self._dtype = np.float16 if kinds == {"tensor(float16)"} else np.float32
         if not self._past:
             raise ValueError(f"{path} has no key-value cache: its inputs are {sorted(self._names)}")
         self._present = [name.replace("past_key_values", "present") for name in self._past]
@@ -46,7 +48,7 @@ class OnnxDecoder:
         if past is None:
             # [batch, kv heads, positions, head_dim]; only heads and head_dim are numbers in the graph
             past = {
-                name: _value(np.zeros((batch, shape[1], 0, shape[3]), dtype=np.float32))
+                name: _value(np.zeros((batch, shape[1], 0, shape[3]), dtype=self._dtype))
                 for name, shape in self._past.items()
             }
         start = int(next(iter(past.values())).shape()[2])
@@ -59,7 +61,7 @@ class OnnxDecoder:
             positions = np.tile(np.arange(start, start + length, dtype=np.int64), (batch, 1))
             feeds["position_ids"] = _value(positions)
         logits, *present = self._session.run_with_ort_values(["logits", *self._present], feeds)
-        return logits.numpy(), dict(zip(self._past, present, strict=True))
+        return logits.numpy().astype(np.float32, copy=False), dict(zip(self._past, present, strict=True))
 
     def logits(self, ids: Ids) -> Logits:
         """[batch, length, vocabulary] for rows of equal length."""

@@ -1,8 +1,8 @@
 """`parity`: an export, reloaded from disk in its own runtime, against the model that it was made from.
 
 In: model, export, tokenizer, held-out `text.<source>` and `chat.<source>`. Out: results.json: distances of
-logits and greedy text, whether ids and template are the same, and the scores of both with their paired
-difference.
+logits and greedy text, whether ids, template and end marks are the same, and the scores of both with their
+paired difference. The runtime is the one that users load the format with: ONNX Runtime, llama.cpp, transformers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.steps.others import DEFAULT_QUANT, ONNX_FILES
+from famc.steps.exports import CALIBRATED_FORMATS, DEFAULT_QUANT, ONNX_FILES
 from famc.work.compare import (
     Decoder,
     TorchDecoder,
@@ -37,6 +37,9 @@ from famc.work.likelihood import (
 )
 from famc.work.scores import RESULTS, Score, Units, difference, metric, read_json, stable, write_json
 
+if TYPE_CHECKING:
+    from famc.work.llama_cpp import LlamaDecoder
+
 # rendered when the tokenizer brings no conversation of its own
 CONVERSATION = [
     {"role": "system", "content": "You are terse."},
@@ -55,9 +58,6 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     conversations = _examples(inputs, "chat.", int(params["texts"]), ["messages"])
     raw = [d["text"] for d in documents] + [str(m["content"]) for c in conversations for m in c["messages"]]
     told = same_tokenizer(inputs["tokenizer"], inputs["model"], raw)
-    if params["format"] == "safetensors":  # the only export that carries a tokenizer of its own
-        also = same_tokenizer(inputs["tokenizer"], inputs["export"], raw)
-        told = {key: told[key] if told[key] == "differs" else also[key] for key in told}
 
     start = document_start(tokenizer)
     texts = [
@@ -76,7 +76,9 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     prompts = prompts[: int(params["prompts"])]
 
     source: Decoder = TorchDecoder(inputs["model"], job.threads)
-    candidate = reloaded(inputs["export"], str(params["format"]), job.threads)
+    candidate = reloaded(inputs["export"], str(params["format"]), job.threads, context)
+    told = {key: told[key] if told[key] == "differs" else also for key, also in
+            own_tokenizer(params["format"], inputs, candidate, raw, told).items()}  # fmt: skip
     stages = 3
     found = compare_logits(source, candidate, texts)
     job.progress(1, stages)
@@ -108,20 +110,27 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     return flat
 
 
-def reloaded(export: Path, fmt: str, threads: int) -> Decoder:
-    """The export in the runtime that its users load it with."""
-    if fmt == "safetensors":
+def reloaded(export: Path, fmt: str, threads: int, context: int) -> Decoder:
+    """The export in the runtime that its users load it with; `context`: the longest row that it will see."""
+    if fmt in ("safetensors", *CALIBRATED_FORMATS):
         return TorchDecoder(export, threads)
     if fmt == "onnx":
         from famc.work.onnx_session import OnnxDecoder
 
-        graphs = [export / name for name in ONNX_FILES.values() if (export / name).is_file()]
-        if len(graphs) != 1:
-            raise StepFailed(
-                f"{export} holds {len(graphs)} ONNX graphs, not one", "famc build makes it again"
-            )
-        return OnnxDecoder(graphs[0], threads)
+        names = [name for name in ONNX_FILES.values() if (export / name).is_file()]
+        return OnnxDecoder(export / _one(export, names, "ONNX graphs"), threads)
+    if fmt == "gguf":
+        from famc.work.llama_cpp import LlamaDecoder
+
+        names = [path.name for path in sorted(export.glob("*.gguf"))]
+        return LlamaDecoder(export / _one(export, names, "GGUF files"), threads, context)
     raise StepFailed(f"parity can't load the format {fmt}", f"known: {', '.join(DEFAULT_QUANT)}")
+
+
+def _one(export: Path, names: list[str], what: str) -> str:
+    if len(names) != 1:
+        raise StepFailed(f"{export} holds {len(names)} {what}, not one", "famc build makes it again")
+    return names[0]
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------
@@ -144,6 +153,47 @@ def same_tokenizer(source: Path, candidate: Path, texts: list[str]) -> dict[str,
         template = template and loaded.chat_template is not None
         template = template and loaded.apply_chat_template(conversation, tokenize=False) == golden["rendered"]
     return {"tokenizer": "exact" if ids else "differs", "template": "exact" if template else "differs"}
+
+
+def own_tokenizer(
+    fmt: str, inputs: Mapping[str, Path], candidate: Any, texts: list[str], told: dict[str, str]
+) -> dict[str, str]:
+    """The same of the tokenizer that an export brings along, if it brings one; else what is known already."""
+    if fmt in ("safetensors", *CALIBRATED_FORMATS):
+        return same_tokenizer(inputs["tokenizer"], inputs["export"], texts)
+    if fmt == "gguf":
+        return gguf_tokenizer(inputs["tokenizer"], candidate, texts)
+    return told  # an ONNX graph is released with the model's own files
+
+
+def gguf_tokenizer(source: Path, candidate: LlamaDecoder, texts: list[str]) -> dict[str, str]:
+    """llama.cpp's ids, end marks and template against the family's.
+
+    Texts are normalised first, as the family's tokenizer does it (NFC): llama.cpp's byte-level BPE does not.
+    """
+    words = load_tokenizer(source)
+    golden = read_json(source / "golden.json") if (source / "golden.json").is_file() else {}
+    conversation = golden.get("conversation") or CONVERSATION
+    normalizer = words.backend_tokenizer.normalizer
+    same = all(
+        candidate.tokenize(normalizer.normalize_str(text) if normalizer else text)
+        == words(text, add_special_tokens=False)["input_ids"]
+        for text in texts
+    )
+    said = candidate.metadata
+    ends = tuple(said.get(f"tokenizer.ggml.{mark}_token_id") for mark in ("eos", "padding"))
+    same = same and ends == (str(words.eos_token_id), str(words.pad_token_id))
+    same = same and said.get("tokenizer.ggml.add_bos_token", "false") == "false"
+    template = words.chat_template is None and candidate.template is None
+    if words.chat_template is not None and candidate.template is not None:
+        rendered = words.apply_chat_template(conversation, tokenize=False)
+        own = words.apply_chat_template(conversation, tokenize=False, chat_template=candidate.template)
+        template = own == rendered
+        same = (
+            same
+            and candidate.tokenize_special(rendered) == words(rendered, add_special_tokens=False)["input_ids"]
+        )
+    return {"tokenizer": "exact" if same else "differs", "template": "exact" if template else "differs"}
 
 
 # --- what is compared -------------------------------------------------------------------------------------

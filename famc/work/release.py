@@ -1,8 +1,9 @@
-"""`release`: a variant's finished folder, as the hub and transformers.js expect it.
+"""`release`: a variant's finished folder, as the hub and its clients expect it.
 
-In: model, tokenizer, card, `export.<label>`. Out: a Hugging Face model folder with README.md and onnx/, and
-release.json, the list of its files. Large files are hard links. At last the folder is loaded as a user
-would load it.
+In: model, tokenizer, card, `export.<label>`. Out, by `format`: a Hugging Face model folder with README.md, onnx/ and
+genai_config.json; the same with the quantised weights of gptq or awq; or GGUF files with a Modelfile. And
+release.json, the list of its files. Large files are hard links. At last a model folder is loaded as a user would load
+it; GGUF files were loaded by llama.cpp in their parity checks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from famc.errors import StepFailed
 from famc.job import Job
+from famc.steps.exports import CALIBRATED_FORMATS, GENAI_ORDER
 from famc.store import link_or_copy
 from famc.work.export import HF_FILES, INDEX, WEIGHTS
 from famc.work.likelihood import document_start, encode_prompt, end_ids, load_tokenizer, without_bars
@@ -29,16 +31,36 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+GENAI = "genai_config.json"
 MAX_NEW_TOKENS = 256
 REQUIRED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Put the folder together, and look at it."""
-    model = inputs["model"]
+    fmt = str(job.params.get("format") or "")
     exports = {r.removeprefix("export."): p for r, p in sorted(inputs.items()) if r.startswith("export.")}
-    half = exports.get("safetensors-bf16")
-    weights = half or model
+    if fmt == "gguf":
+        facts = gguf_folder(job, inputs, exports, out)
+    else:
+        facts = model_folder(job, inputs, exports, out, quantised=fmt in CALIBRATED_FORMATS)
+    files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    write_json(
+        out / "release.json",
+        {"repo": job.params["repo"], "license": job.params.get("license"), "files": files},
+    )
+    return {"repo": str(job.params["repo"]), "files": len(files), "bytes": sum(files.values()), **facts}
+
+
+def model_folder(
+    job: Job, inputs: Mapping[str, Path], exports: Mapping[str, Path], out: Path, *, quantised: bool
+) -> dict[str, Any]:
+    """A folder for transformers: the model's own weights with onnx/, or the quantised ones of a calibrated export."""
+    model = inputs["model"]
+    if quantised:
+        (weights,) = exports.values()
+    else:
+        weights = exports.get("safetensors-bf16") or model
     if (weights / INDEX).is_file():
         raise StepFailed(f"{weights} is sharded", "export it as safetensors: that makes one file")
 
@@ -76,19 +98,38 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     write_json(
         out / "generation_config.json", generation_of(model, tokenizer, int(job.params["max_context"]))
     )
+    graphs = [exports[f"onnx-{quant}"] for quant in GENAI_ORDER if f"onnx-{quant}" in exports]
+    if graphs:  # onnxruntime-genai reads one graph of a folder
+        write_json(out / GENAI, genai_of(graphs[0], out, tokenizer))
     missing = [name for name in REQUIRED if not (out / name).is_file()]
     if missing:
         raise StepFailed(
             f"{job.name}: the model folder lacks {', '.join(missing)}", "famc build makes it again"
         )
-    facts = try_out(out, tokenizer, job.threads)
+    return try_out(out, tokenizer, job.threads)
 
-    files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
-    write_json(
-        out / "release.json",
-        {"repo": job.params["repo"], "license": job.params.get("license"), "files": files},
-    )
-    return {"repo": str(job.params["repo"]), "files": len(files), "bytes": sum(files.values()), **facts}
+
+def gguf_folder(
+    job: Job, inputs: Mapping[str, Path], exports: Mapping[str, Path], out: Path
+) -> dict[str, Any]:
+    """A folder for llama.cpp: every GGUF file, and a Modelfile with which Ollama serves the smallest."""
+    from famc.work.gguf_build import modelfile
+
+    files = [path for folder in exports.values() for path in sorted(folder.glob("*.gguf"))]
+    if len(files) != len(exports):
+        raise StepFailed(
+            f"{job.name}: {len(files)} GGUF files of {len(exports)} exports", "famc build makes them again"
+        )
+    for path in files:
+        link_or_copy(path, out / path.name)
+    tokenizer = load_tokenizer(inputs["tokenizer"])
+    ends = [tokenizer.convert_ids_to_tokens(i) for i in sorted(end_ids(tokenizer))]
+    smallest = min(files, key=lambda path: (path.stat().st_size, path.name))
+    text = modelfile(smallest.name, tokenizer.chat_template, ends, int(job.params["max_context"]))
+    (out / "Modelfile").write_text(text, encoding="utf-8")
+    if "card" in inputs:
+        link_or_copy(inputs["card"] / "README.md", out / "README.md")
+    return {"ggufs": len(files)}
 
 
 def config_of(folder: Path, files: list[str]) -> dict[str, Any]:
@@ -103,6 +144,19 @@ def config_of(folder: Path, files: list[str]) -> dict[str, Any]:
     config.pop("transformers.js_config", None)
     if outside:
         config["transformers.js_config"] = {"use_external_data_format": outside}
+    return config
+
+
+def genai_of(export: Path, folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """genai_config.json that ends answers where generation_config.json ends them: the builder guesses what
+    config.json leaves open (a missing bos becomes token 1)."""
+    config: dict[str, Any] = read_json(export / GENAI)
+    generation = read_json(folder / "generation_config.json")
+    config["model"] |= {
+        "eos_token_id": generation["eos_token_id"],
+        "pad_token_id": generation["pad_token_id"],
+        "bos_token_id": document_start(tokenizer),
+    }
     return config
 
 

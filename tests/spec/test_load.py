@@ -100,6 +100,7 @@ def test_set_without_path_or_value_is_a_usage_error(text: str) -> None:
         ("stages.stf.lr=1", "'stages.stf.lr': stages has no 'stf'; did you mean 'sft'?"),
         ("data.mixes.txt.tokens=1", "'data.mixes.txt.tokens': data.mixes has no 'txt'; did you mean 'text'?"),
         ("exports.9.format=onnx", "'exports.9.format': no item 9 in a list of 2"),
+        ("exports.2.format=onnx", "'exports.2.format': no item 2 in a list of 2"),
         ("exports.²=x", "'exports.²': no item '²' in a list of 2"),
         ("stages.sft.lr=[", "the file ends inside brackets or quotes; close what is open"),
         ("stages.sft.lr=1\nx: 2", "expected one value"),

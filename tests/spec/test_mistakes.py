@@ -536,8 +536,38 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
     ("bits without gptq", [("quant: bf16", "bits: 4")], [
         "31:45: exports.0: 'bits' is for gptq and awq; safetensors takes 'quant'",
     ]),
-    ("architecture without export", [("  m: {layers: 4, hidden: 128, ffn: 256,", "  m: {layers: 4, hidden: 128, moe: {experts: 4, active: 2, ffn: 32},")], [
-        "32:49: exports.1: onnx fp32 does not support architecture 'qwen3_moe' (size m); supported: safetensors bf16, safetensors fp32",
+    ("architecture without export", [("  m: {layers: 4, hidden: 128, ffn: 256,", "  m: {layers: 4, hidden: 128, moe: {experts: 4, active: 2, ffn: 32},"), ("[fp32, int4]", "[fp16, int4]")], [
+        "32:49: exports.1: onnx fp16 does not support text-generation models of architecture 'qwen3_moe' (size m); the nearest that is supported is safetensors bf16; also safetensors fp32",
+    ]),
+    ("no symmetric search for zero points", [("quant: [fp32, int4]", "quant: int4, algorithm: hqq, symmetric: true")], [
+        "32:95: exports.1: hqq searches for zero points, so it can't be symmetric; leave symmetric out, or take rtn, gptq or awq",
+    ]),
+    ("calibration without data", [("quant: [fp32, int4]", "quant: int4, algorithm: awq")], [
+        "32:5: exports.1: 'awq' needs 'calibrate'; for example calibrate: {data: SOURCE, n: 128}",
+    ]),
+    ("mixed without data", [("quant: [fp32, int4]", "quant: int4, mixed: {max_drop: 0.01}")], [
+        "32:5: exports.1: 'mixed' needs 'calibrate'; for example calibrate: {data: SOURCE, n: 128}",
+    ]),
+    ("data for an algorithm that looks at none", [("quant: [fp32, int4]", "quant: int4, algorithm: rtn, calibrate: {data: qa}")], [
+        "32:84: exports.1: rtn looks at no data; take gptq or awq, or set 'mixed'",
+    ]),
+    ("an option of another quantisation", [("quant: [fp32, int4]", "quant: fp32, lm_head: int4")], [
+        "32:68: exports.1: 'lm_head' is for onnx int4 and int8; remove it",
+    ]),
+    ("a block that no kernel has", [("quant: [fp32, int4]", "quant: int4, block_size: 48")], [
+        "32:80: exports.1: block_size 48 is no power of two; onnxruntime and vLLM take 16, 32, 64, 128 and 256",
+    ]),
+    ("blocks that do not fit", [("format: safetensors, quant: bf16", "format: gptq, bits: 4, block_size: 256, calibrate: {data: qa}")], [
+        "31:59: exports.0: block_size 256 does not divide 64 (size s); leave it out: famc finds one that does",
+    ]),
+    ("zero points that transformers can't read", [("format: safetensors, quant: bf16", "format: gptq, bits: 4, symmetric: false, calibrate: {data: qa}")], [
+        "31:47: exports.0: 'symmetric' is for onnx int4; remove it",
+    ]),
+    ("calibration on what no decoder reads", [("format: safetensors, quant: bf16", "format: gptq, bits: 4, calibrate: {data: [qa, pics]}"), ("    qa:    {", "    pics:  {path: docs.jsonl, format: image_text}\n    qa:    {")], [
+        "32:65: exports.0.calibrate: 'pics' is of format 'image_text'; calibration reads text, messages, preference",
+    ]),
+    ("three bits", [("format: safetensors, quant: bf16", "format: gptq, bits: 3, calibrate: {data: qa}")], [
+        "31:44: exports.0: gptq has no 3 bits; write 4 or 8",
     ]),
     ("too large for its target", [("memory: 1GB", "memory: 1MB")], [
         "32:84: exports.1: m as onnx fp32 needs 3.54 MB, target 'phone' has 1 MB; the largest size that fits is s",

@@ -27,7 +27,11 @@ CARD = {
     "family": {"name": "pocket", "org": "me", "license": "mit", "seed": 1, "languages": ["en", "no"]},
     "size": "xs", "variant": "instruct", "lineage": ["xs/pretrain", "xs/sft"], "parameters": 123_456,
     "shape": {"arch": "qwen3", "vocab": 384, "layers": 2, "hidden": 64, "context": 256},
-    "licenses": {"stories": "cc-by-4.0", "web": "unknown"},
+    "licenses": {"stories": "cc-by-4.0", "web": "unknown"}, "repo": "me/pocket-xs-instruct", "base": None,
+    "exports": {
+        f"{fmt}-{quant}": {"format": fmt, "quant": quant}
+        for fmt, quant in (("safetensors", "bf16"), ("onnx", "fp32"), ("onnx", "int4"))
+    },
 }  # fmt: skip
 RELEASE = {"repo": "pocket-xs-instruct", "to": "dir", "dry_run": True, "license": "mit", "max_context": 256}
 
@@ -110,7 +114,7 @@ def in_a_clean_room(folder, code):
 
 def test_the_folder_holds_what_users_expect_and_nothing_else(released):
     assert set(content(released)) == {
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "genai_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "onnx/model.onnx", "onnx/model_q4.onnx", "release.json",
     }  # fmt: skip
     listing = json.loads((released / "release.json").read_text())
@@ -261,15 +265,15 @@ def test_the_card_shows_scores_with_errors_parity_gates_lineage_and_licences(rel
 
 
 def test_the_cards_python_runs_in_the_folder(released):
-    """Both blocks: transformers, and onnxruntime."""
+    """Three blocks: transformers, onnxruntime, onnxruntime-genai."""
     blocks = re.findall(r"```python\n(.*?)```", (released / "README.md").read_text(), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         in_a_clean_room(released, block)
 
 
 def test_a_base_models_card_promises_no_conversation(tmp_path, made):
-    params = CARD | {"variant": "base", "licenses": {"a": "mit"}}
+    params = CARD | {"variant": "base", "licenses": {"a": "mit"}, "repo": "pocket-xs", "exports": {}}
     card.run(Job.for_test("card", "card", params), of(made, "model", "tokenizer"), tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "# pocket-xs\n" in text

@@ -30,7 +30,7 @@ from famc.work.compare import (
     mean_and_error,
     tokenizer_report,
 )
-from famc.work.onnx_build import FILES, build_decoder
+from famc.work.onnx_build import FILES, build_decoder, recipe_of
 from famc.work.onnx_session import OnnxDecoder
 
 QUANTS = ("fp32", "int8", "int4")
@@ -89,7 +89,9 @@ def test_quantised_files_lose_in_order(figures):
 def test_head_at_8_bits_helps_int4(trained, texts, figures, tmp_path):
     """the default is better than int4 throughout."""
     folder, _ = trained
-    facts = build_decoder(folder, tmp_path, "int4", last_matmul_int8=False)
+    facts = build_decoder(
+        folder, tmp_path, "int4", recipe=recipe_of("int4", lm_head="int4", embeddings="int4")
+    )
     assert (facts["lm_head"], facts["embedding"], facts["nodes_int8"]) == ("int4", "int4", 0)
     plain = compare_logits(TorchDecoder(folder, 1), OnnxDecoder(tmp_path / "onnx/model_q4.onnx", 1), texts)
     assert plain["kl"] > figures["int4"]["kl"]
@@ -98,7 +100,7 @@ def test_head_at_8_bits_helps_int4(trained, texts, figures, tmp_path):
 def test_facts_and_sizes(trained):
     """the facts say which weights have how many bits, and a tied embedding isn't stored twice."""
     folder, facts = trained
-    kept = {q: (f["embedding"], f["lm_head"], f["nodes_fp32"], f["nodes_int8"], f["nodes_int4"])
+    kept = {q: (f["embedding"], f["lm_head"], f["nodes_float"], f["nodes_int8"], f["nodes_int4"])
             for q, f in facts.items()}  # fmt: skip
     assert kept == {
         "fp32": ("fp32", "fp32", 11, 0, 0),
@@ -113,7 +115,7 @@ def test_facts_and_sizes(trained):
     assert 4 * parameters < facts["fp32"]["bytes"] < 4 * parameters + 100_000
     assert facts["int8"]["bytes"] < 1.2 * parameters + 70_000
     assert facts["int4"]["bytes"] < facts["int8"]["bytes"]
-    assert sorted(p.name for p in (folder / "onnx").iterdir()) == sorted(FILES.values())
+    assert sorted(p.name for p in (folder / "onnx").iterdir()) == sorted(FILES[quant] for quant in QUANTS)
     assert not list(folder.glob(".onnx-*")), "the scratch folder is gone"
 
 
@@ -145,7 +147,7 @@ def test_same_bytes_in_another_process(trained, tmp_path):
         check=True,
     )
     assert ran.stdout == "" and "Reading" not in ran.stderr and "quantize" not in ran.stderr
-    for name in FILES.values():
+    for name in (FILES[quant] for quant in QUANTS):
         assert (tmp_path / "onnx" / name).read_bytes() == (folder / "onnx" / name).read_bytes()
         assert "+" not in onnx.load(folder / "onnx" / name).producer_version
 
@@ -159,7 +161,9 @@ def test_architectures_match_torch(kind, tied, theta, tmp_path):
     folder = make_tiny_model(tmp_path, kind, tied=tied, theta=theta)
     build_decoder(folder, folder, "fp32")
     facts = build_decoder(folder, folder, "int8")
-    assert facts["embedding"] == ("int8" if tied else "fp32")
+    assert facts["embedding"] == "int8"
+    nodes = {node.name for node in onnx.load(folder / "onnx/model_int8.onnx").graph.node}
+    assert "/lm_head/MatMul_Q8" in nodes and "/model/embed_tokens/Transpose" not in nodes
     reference = TorchDecoder(folder, 1)
     fp32 = compare(reference, OnnxDecoder(folder / "onnx/model.onnx", 1), NOISE, [NOISE[1][:9]], set(), 12)
     assert fp32["kl"] < 1e-6
@@ -291,7 +295,11 @@ def test_refuses_what_it_would_get_wrong(trained, tmp_path, change, names):
 
 def test_refuses_an_unknown_algorithm(trained, tmp_path):
     with pytest.raises(ValueError, match="k_quant"):
-        build_decoder(trained[0], tmp_path, "int4", algorithm="default")
+        recipe_of("int4", algorithm="default")
+    with pytest.raises(ValueError, match="calibrated before"):
+        recipe_of("int4", algorithm="gptq")
+    with pytest.raises(ValueError, match="nothing is quantised"):
+        build_decoder(trained[0], tmp_path, "fp32", recipe=recipe_of("int4"))
 
 
 def test_tokenizer_report_of_a_true_copy(trained):

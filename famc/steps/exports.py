@@ -1,0 +1,282 @@
+"""What can be exported to what: the capability table, and the words of an export. LIGHT: no torch.
+
+One row says for an architecture, a task, a format and a quantisation: whether this version makes it, and which runtimes
+load it. Checks refuse what no row names, before anything is spent; `famc doctor --exports` and the README print the
+table; a test makes and loads every `yes` in every runtime that its row names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from famc.cost import flops
+from famc.cost.shape import Shape
+from famc.spec.family import Export
+from famc.steps.base import Work
+
+TEXT, VECTORS, RANKING = "text-generation", "feature-extraction", "text-ranking"
+IMAGES, SOUND = "image-text-to-text", "audio-text-to-text"
+# what a variant is for, by the kind of the stage that it publishes; the hub's names of tasks. Others: text-generation
+TASKS = {"embed": VECTORS, "rerank": RANKING, "vlm": IMAGES, "audio": SOUND}
+
+
+def task_of(kind: str) -> str:
+    """What a variant is for, by the kind of the stage that it publishes."""
+    return TASKS.get(kind, TEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One row: `yes` is made, compared and loaded by tests; `later` can be planned and priced, and has no worker yet."""
+
+    task: str
+    format: str
+    quant: str
+    archs: tuple[str, ...]
+    status: Literal["yes", "later"] = "yes"
+    runtimes: tuple[str, ...] = ()
+    note: str = ""
+
+
+DENSE = ("qwen3", "llama")
+EVERY = (*DENSE, "qwen3_moe")
+_ONNX = ("onnxruntime", "onnxruntime-genai", "transformers.js")
+_VECTORS = ("onnxruntime", "transformers.js", "sentence-transformers")
+_VLLM = "compressed-tensors, the layout that vLLM reads; vLLM itself is not tested here"
+
+
+def _rows() -> Iterator[Capability]:
+    for quant in ("bf16", "fp32"):
+        yield Capability(TEXT, "safetensors", quant, EVERY, "yes", ("transformers",))
+    for quant in ("fp32", "int8", "int4"):
+        yield Capability(TEXT, "onnx", quant, DENSE, "yes", _ONNX)
+    yield Capability(
+        TEXT, "onnx", "fp16", DENSE, "yes", ("onnxruntime", "transformers.js"), "meant for WebGPU"
+    )
+    for quant in ("f16", "bf16", "q8_0", "q4_0", "q4_k_m"):
+        yield Capability(
+            TEXT, "gguf", quant, DENSE, "yes", ("llama.cpp",), "with a Modelfile for Ollama, not run here"
+        )
+    for fmt in ("gptq", "awq"):
+        for bits in ("4", "8"):
+            yield Capability(TEXT, fmt, bits, DENSE, "yes", ("transformers",), _VLLM)
+            yield Capability(TEXT, fmt, bits, ("qwen3_moe",), "later")
+    for quant in ("fp32", "int8", "int4"):
+        yield Capability(TEXT, "onnx", quant, ("qwen3_moe",), "later")
+    for quant in ("f16", "q8_0", "q4_0", "q4_k_m"):
+        yield Capability(TEXT, "gguf", quant, ("qwen3_moe",), "later")
+    yield Capability(TEXT, "fp8", "8", EVERY, "later")
+    for task in (VECTORS, RANKING, IMAGES, SOUND):
+        for quant in ("bf16", "fp32"):
+            yield Capability(task, "safetensors", quant, EVERY, "later")
+    for task in (VECTORS, RANKING):
+        for quant in ("fp32", "int8", "int4"):
+            yield Capability(task, "onnx", quant, EVERY, "later")
+        for quant in ("f16", "q8_0", "q4_k_m"):
+            yield Capability(task, "gguf", quant, EVERY, "later")
+    for task in (IMAGES, SOUND):
+        yield Capability(task, "fp8", "8", EVERY, "later")
+        for quant in ("fp32", "int8", "int4"):
+            yield Capability(task, "onnx", quant, EVERY, "later")
+
+
+CAPABILITIES: tuple[Capability, ...] = tuple(_rows())
+_FOUND: Mapping[tuple[str, str, str, str], Capability] = {
+    (row.task, row.format, row.quant, arch): row for row in CAPABILITIES for arch in row.archs
+}
+
+
+def capability(arch: str, task: str, fmt: str, quant: str) -> Capability | None:
+    """The row of an export; None where there is none: it can't be made."""
+    return _FOUND.get((task, fmt, quant, arch))
+
+
+def known_quants(fmt: str) -> tuple[str, ...]:
+    """The quantisations that a format has for any task and architecture."""
+    return tuple(dict.fromkeys(row.quant for row in CAPABILITIES if row.format == fmt))
+
+
+def nearest(arch: str, task: str, fmt: str, quant: str) -> str:
+    """What to write instead of an export that can't be made: the same format first, then about as many bits."""
+    able = [row for row in CAPABILITIES if row.task == task and arch in row.archs and row.status == "yes"]
+    able = able or [row for row in CAPABILITIES if row.task == task and arch in row.archs]
+    if not able:
+        return f"nothing exports {task} models of architecture '{arch}'"
+    bits = BITS.get(quant, 16.0)
+    able.sort(key=lambda row: (row.format != fmt, abs(BITS.get(row.quant, 16.0) - bits)))
+    first = f"{able[0].format} {able[0].quant}"
+    rest = dict.fromkeys(f"{row.format} {row.quant}" for row in able[1:])
+    more = ", ".join(name for name in rest if name != first)
+    planned = " (planned only)" if able[0].status == "later" else ""
+    return f"the nearest that is supported is {first}{planned}" + (f"; also {more}" if more else "")
+
+
+# --- the words of an export ------------------------------------------------------------------------------------------
+
+DEFAULT_QUANT: Mapping[str, tuple[str, ...]] = {
+    "safetensors": ("bf16",),
+    "onnx": ("fp32",),
+    "gguf": ("q4_k_m",),
+    "gptq": ("4",),
+    "awq": ("4",),
+    "fp8": ("8",),
+}
+# formats whose weights are quantised by a `calibrate` section of the spec, in compressed-tensors' layout
+CALIBRATED_FORMATS = ("gptq", "awq")
+# algorithms that look at data, and those that search for zero points
+CALIBRATED = frozenset({"gptq", "awq"})
+ASYMMETRIC = frozenset({"k_quant", "hqq"})
+
+# Bits a weight, scales and all. onnx int4: 4 + 32/32 for an fp32 scale a block, + 4/32 for a zero point; gguf: ggml's
+# block layouts (18 bytes for 32 weights in q4_0); compressed-tensors: 4 + 16/128 for a bf16 scale.
+BITS: Mapping[str, float] = {
+    "fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "f16": 16.0, "int8": 9.0, "int4": 5.1, "f32": 32.0, "q8_0": 8.5, "q6_k": 6.56,
+    "q5_k_m": 5.7, "q4_k_m": 4.85, "q4_0": 4.5, "8": 8.125, "4": 4.125,
+}  # fmt: skip
+
+# the file that an ONNX export adds to a release, as transformers.js expects it, and the `dtype` that asks for it
+ONNX_FILES = {
+    "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_int8.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
+JS_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "q4"}
+# the onnxruntime-genai of a release reads one of its graphs: the smallest
+GENAI_ORDER = ("int4", "int8", "fp32")
+
+
+def quants(export: Export) -> tuple[str, ...]:
+    """The quantisations that an export makes."""
+    return (*export.quant, *([str(export.bits)] if export.bits else [])) or DEFAULT_QUANT[export.format]
+
+
+def folder_suffix(fmt: str, quant: str) -> str:
+    """What a format of its own folder adds to a release's name, as Qwen's releases are called; "" for the others.
+
+    >>> folder_suffix("gguf", "q4_0"), folder_suffix("gptq", "4"), folder_suffix("awq", "4"), folder_suffix("onnx", "int4")
+    ('-GGUF', '-GPTQ-Int4', '-AWQ', '')
+    """
+    if fmt == "gguf":
+        return "-GGUF"
+    if fmt in CALIBRATED_FORMATS:
+        return "-AWQ" if (fmt, quant) == ("awq", "4") else f"-{fmt.upper()}-Int{quant}"
+    return "-FP8" if fmt == "fp8" else ""
+
+
+# the Python package that a runtime comes in; the others are programs of their own
+PACKAGES = {
+    "transformers": "transformers", "onnxruntime": "onnxruntime", "onnxruntime-genai": "onnxruntime_genai",
+    "llama.cpp": "llama_cpp", "sentence-transformers": "sentence_transformers",
+}  # fmt: skip
+
+
+# where a runtime comes from that famc's own installation does not bring
+EXTRAS = {
+    "llama.cpp": "pip install 'famc[gguf]'",
+    "transformers.js": "npm install @huggingface/transformers",
+    "sentence-transformers": "pip install sentence-transformers",
+}
+
+
+def installed(runtime: str) -> bool:
+    """Whether a runtime is in this Python's installation; transformers.js, which is Node's, never is."""
+    return runtime in PACKAGES and find_spec(PACKAGES[runtime]) is not None
+
+
+def lacking(fmt: str, quant: str) -> str:
+    """Why a format can't be made in this installation; "" if it can. GGUF is written here, and packed by llama.cpp."""
+    if fmt == "gguf" and not installed("llama.cpp"):
+        return f"GGUF is packed and checked by llama.cpp: {EXTRAS['llama.cpp']}"
+    return ""
+
+
+# --- what an export's step does ---------------------------------------------------------------------------------------
+
+BLOCK_SIZES = (128, 64, 32, 16)  # vLLM's kernels like 128 best
+CALIBRATION_FORMATS = ("text", "messages", "preference")
+CALIBRATION_CONTEXT = 2048  # tokens of one example at most
+
+
+def export_params(export: Export, quant: str, shape: Shape) -> dict[str, Any]:
+    """The values of an export's step that bear identity: every choice made, nothing left to the worker."""
+    fmt = export.format
+    params: dict[str, Any] = {"format": fmt, "quant": quant}
+    packed = fmt == "onnx" and quant in ("int8", "int4")
+    if packed:
+        params["block_size"] = export.block_size or 32
+        params["lm_head"] = export.lm_head or "int8"
+        params["embeddings"] = export.embeddings or "int8"
+    if packed and quant == "int4":
+        params["algorithm"] = export.algorithm or ("gptq" if export.calibrate else "k_quant")
+        asymmetric = params["algorithm"] in ASYMMETRIC
+        params["symmetric"] = (not asymmetric) if export.symmetric is None else export.symmetric
+    if fmt in CALIBRATED_FORMATS:
+        widths = {shape.hidden, shape.ffn, shape.heads * shape.head_dim}
+        fits = next((b for b in BLOCK_SIZES if all(width % b == 0 for width in widths)), BLOCK_SIZES[-1])
+        params |= {
+            "block_size": export.block_size or fits,
+            "algorithm": fmt,
+            "symmetric": True,
+        }
+    looks = params.get("algorithm") in CALIBRATED or (export.mixed is not None and quant in ("int4", "4"))
+    if looks and export.calibrate is not None:
+        params["calibrate"] = list(export.calibrate.data)
+        params["examples"] = export.calibrate.n
+        params["context"] = min(shape.context, CALIBRATION_CONTEXT)
+        params["max_drop"] = export.mixed.max_drop if export.mixed else None
+    return params
+
+
+def shown(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of an export's recipe: of calibrated formats, how they were made."""
+    names = ("format", "quant", "algorithm", "block_size")
+    return {name: params[name] for name in names[: 4 if params["format"] in CALIBRATED_FORMATS else 2]}
+
+
+def convert_work(parameters: int) -> Work:
+    """Reading, converting and writing every weight: about 50 M parameters a CPU-second, and 2 s to start."""
+    return Work("cpu", cpu_seconds=2.0 + parameters / 5e7)
+
+
+def export_work(shape: Shape, parameters: int, params: Mapping[str, Any]) -> Work:
+    """Conversion; with calibration three passes over the data, and what GPTQ solves: rows x columns^2 a matrix."""
+    seconds = convert_work(parameters).cpu_seconds
+    if "examples" in params:
+        tokens = params["examples"] * params["context"]
+        passes = 8 if params["max_drop"] else 3
+        solving = parameters * shape.hidden * 2.0
+        seconds += (passes * flops.forward(shape, tokens, params["context"]) + solving) / CPU_FLOPS
+    return Work("cpu", cpu_seconds=seconds)
+
+
+CPU_FLOPS = 5e10  # fp32 matrix products of one core: assumed
+
+
+def export_memory(shape: Shape, parameters: int, params: Mapping[str, Any]) -> float:
+    """Bytes of weights that an export holds at once.
+
+    safetensors and gguf go tensor by tensor: the largest one, in fp32 and as it is written. ONNX holds the float
+    model while its graph is made. Calibration holds it in fp32, the hidden states of the examples, and the Hessians of
+    one block.
+    """
+    largest = 4.0 * max(shape.vocab * shape.hidden, shape.hidden * shape.ffn)
+    if params["format"] in ("safetensors", "gguf") and "examples" not in params:
+        return 3 * largest
+    held = 4.0 * parameters * ONNX_COPIES if params["format"] == "onnx" else 4.0 * parameters
+    if "examples" in params:
+        states = 8.0 * params["examples"] * params["context"] * shape.hidden
+        hessians = 4.0 * (shape.ffn**2 + 2 * shape.hidden**2) * 2
+        held = max(held, 4.0 * parameters + states + hessians + largest)
+    return held
+
+
+ONNX_COPIES = 2.0  # of the float model while its graph is made: torch's and the graph's
+
+
+def export_bytes(parameters: int, quant: str) -> float:
+    """Bytes of the weights in an export."""
+    return parameters * BITS.get(quant, 16.0) / 8
