@@ -41,7 +41,7 @@ from famc.plan import Plan, plan
 from famc.report.bench import show_rate
 from famc.report.tables import columns
 from famc.spec.quantity import show_bytes
-from famc.steps.exports import export_memory
+from famc.steps.exports import block_size, export_memory
 from famc.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,13 +160,16 @@ def ratios(runs: Mapping[str, Sequence[Mapping[str, Any]]], ours: str, other: st
 def contestants(table: Table, model: Path, folder: Path, shape: Shape) -> Iterator[Contestant]:
     """Every file in every runtime; one that can't be made is told, and left out."""
     files = sum(f.stat().st_size for f in model.glob("*.safetensors"))
-    for name, algorithm, make in (
-        (OURS, "k_quant", _famc_int4), (f"{OURS}, rtn", "rtn", _famc_int4), (BUILDER, "", _builder_int4),
-    ):  # fmt: skip
-        out = folder / (f"famc-{algorithm}" if algorithm else "builder")
-        graph = _made(
-            table, name, out, lambda make=make, out=out, algorithm=algorithm: make(model, out, algorithm)
-        )
+    # speed depends on where the bits lie, not on what they are: the calibrated recipe's layout, filled by rounding
+    recipes = {
+        OURS: {"algorithm": "rtn", "block_size": block_size(shape, "gptq")},
+        f"{OURS}, without data": {"algorithm": "k_quant", "block_size": block_size(shape, "k_quant")},
+        BUILDER: {},
+    }
+    for name, words in recipes.items():
+        out = folder / ("builder" if name == BUILDER else f"famc-{words['algorithm']}")
+        make = _builder_int4 if name == BUILDER else _famc_int4
+        graph = _made(table, name, out, lambda make=make, out=out, words=words: make(model, out, words))
         if graph is None:
             continue
         size = sum(f.stat().st_size for f in graph.parent.glob(f"{graph.name}*"))
@@ -174,8 +177,9 @@ def contestants(table: Table, model: Path, folder: Path, shape: Shape) -> Iterat
             "onnx",
             "int4",
             tie=shape.tie,
-            symmetric=algorithm != "k_quant",
-            head="int8" if algorithm else "int4",
+            block_size=int(words.get("block_size", 32)),
+            symmetric=words.get("algorithm") != "k_quant",
+            head="int4" if name == BUILDER else "int8",
         )
         made = Contestant(
             name, "onnxruntime-genai", out, size, how, "int4", filename=graph.relative_to(out).as_posix()
@@ -223,14 +227,14 @@ def _made(table: Table, name: str, target: Path, make: Any) -> Path | None:
     return Path(mark.read_text())
 
 
-def _famc_int4(model: Path, out: Path, algorithm: str) -> Path:
+def _famc_int4(model: Path, out: Path, words: Mapping[str, Any]) -> Path:
     from famc.work.onnx_build import build_decoder, recipe_of
 
-    facts = build_decoder(model, out, "int4", recipe=recipe_of("int4", block_size=32, algorithm=algorithm))
+    facts = build_decoder(model, out, "int4", recipe=recipe_of("int4", **words))
     return out / str(facts["file"])
 
 
-def _builder_int4(model: Path, out: Path, _: str) -> Path:
+def _builder_int4(model: Path, out: Path, _: Mapping[str, Any]) -> Path:
     """onnxruntime-genai's own export, with its default options."""
     import logging
     import os
@@ -337,86 +341,115 @@ def _number(value: Any, how: str) -> str:
     return "" if value is None else how.format(float(value))
 
 
-# what stands against what at equal bits: with zero points or without
-MATCHES = ((True, "rtn", ("gptq", "awq")), (False, "rtn", ("k_quant", "hqq")))
+ALGORITHMS = ("rtn", "k_quant", "awq", "gptq")  # against the first, at equal bits; k_quant needs zero points
 
 
 def calibrated_against_rtn(
-    table: Table, made: Plan, store: Store, *, size: str = "m", variant: str = "instruct", mix: str = "mix/qa",
-    bits: int = 4, block_size: int = 32, rows: int = 128, texts: int = 200, promised: bool = True,
-) -> None:  # fmt: skip
-    """Perplexity on held-out text of a variant whose matrices have few bits, by how these were chosen: gptq and awq look
-    at rows of the training mix, k_quant and hqq at the weights alone, rtn rounds. The head has 8 bits in all of them.
+    table: Table,
+    made: Plan,
+    store: Store,
+    *,
+    variant: str = "instruct",
+    examples: int = 128,
+    promised: bool = True,
+) -> None:
+    """How far a variant is from itself once its matrices have 4 bits, by how these were chosen.
+
+    gptq and awq look at training examples of both mixes; k_quant at the weights alone; rtn rounds. Block, zero points
+    (k_quant's alone) and the head's 8 bits are the same. The measure is KL(source || quantised) a token on held-out
+    conversations and text: perplexity is no distance, it falls when a confident model is blurred.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from famc.work.calibrate import calibrate
     from famc.work.evaluate import heldout
     from famc.work.export import calibration_rows
-    from famc.work.likelihood import document_start, load_tokenizer, without_bars
+    from famc.work.likelihood import document_start, encode_chat, load_tokenizer
     from famc.work.quantize import Grid
 
     def folder(name: str) -> Path:
         return store.path(name, made.keys[name])
 
-    model = made.graph.nodes[f"{size}/{variant}/release"].inputs["model"]
-    parity = next(
-        n for n in made.graph.nodes.values() if n.kind == "parity" and (n.size, n.variant) == (size, variant)
-    )
-    context = int(parity.params["context"])
-    source = next(need for role, need in parity.inputs.items() if role.startswith("text."))
+    torch.set_num_threads(2)
     words = load_tokenizer(folder("tokenizer"))
-    start = document_start(words)
-    documents = [d["text"] for d in heldout(folder(source), texts, ["text"])]
-    held = [[start, *words(t, add_special_tokens=False)["input_ids"]][:context] for t in documents]
-    held = [ids for ids in held if len(ids) > 1]
-    seen = calibration_rows(folder(mix), folder("tokenizer"), rows, context)
-
-    def losses(changed: Mapping[str, Any], weights: Mapping[str, Any]) -> list[tuple[float, int]]:
-        """(sum of -log p, tokens) of each text, with parameters and matrices replaced."""
-        with without_bars():
-            net = AutoModelForCausalLM.from_pretrained(
-                folder(model), dtype=torch.float32, local_files_only=True
-            ).eval()
-        with torch.inference_mode():
-            for name, value in changed.items():
-                net.get_parameter(name).copy_(value)
-            for name, matrix in weights.items():  # a tied head is the embedding's own parameter
-                net.get_submodule(name).weight.copy_(matrix.dequantize())
-            found = []
-            for ids in held:
-                row = torch.tensor([ids])
-                logits = net(input_ids=row, use_cache=False).logits[0, :-1]
-                loss = torch.nn.functional.cross_entropy(logits.float(), row[0, 1:], reduction="sum")
-                found.append((float(loss), len(ids) - 1))
-        return found
-
-    plain = losses({}, {})
-    tokens = sum(n for _, n in plain)
-    print(f"\n{size}/{variant} at {bits} bits, block {block_size}, head int8: {len(seen)} rows of {mix}; {len(held)} held-out texts, "
-          f"{tokens} tokens; perplexity {math.exp(sum(a for a, _ in plain) / tokens):.2f} in fp32")  # fmt: skip
-    for symmetric, base, others in MATCHES:
-        results: dict[str, list[tuple[float, int]]] = {}
-        for algorithm in (base, *others):
-            grid, head = Grid(bits, block_size, symmetric), Grid(8, block_size, symmetric)
-            begun = time.perf_counter()
-            quantised = calibrate(folder(model), seen, algorithm=algorithm, grid=grid, head=head, threads=2)
-            results[algorithm] = losses(quantised.folded, quantised.weights)
-            change, error = paired(results[algorithm], plain)
-            stored = decode.block_bits(bits, block_size, symmetric=symmetric)
-            print(f"     {algorithm:<8} {stored:.2f} bits a weight: perplexity {math.expm1(change):+.2%} +- {error:.2%} against fp32, "
-                  f"{time.perf_counter() - begun:.0f} s")  # fmt: skip
-        for algorithm in others:
-            change, error = paired(results[algorithm], results[base])
-            kept = change <= 0 if promised and algorithm in ("gptq", "awq") else None
-            points = "without" if symmetric else "with"
-            table.line(
-                f"{algorithm} against {base}, {points} zero points: perplexity",
-                f"{math.expm1(change):+.2%} +- {error:.2%}",
-                "<= 0 %",
-                kept,
+    for size in made.family.sizes:
+        address = f"{size}/{variant}/export.onnx-int4"
+        if address not in made.graph.nodes or not store.has(address, made.keys[address]):
+            continue
+        node = made.graph.nodes[address]
+        context, block = int(node.params["context"]), int(node.params["block_size"])
+        model = folder(node.inputs["model"])
+        seen: list[list[int]] = []
+        for name in node.params["calibrate"]:
+            mix = folder(node.inputs[f"data.{name}"])
+            seen += calibration_rows(
+                mix, folder("tokenizer"), examples // len(node.params["calibrate"]), context
             )
+        docs = [
+            [document_start(words), *words(d["text"], add_special_tokens=False)["input_ids"]][:context]
+            for d in heldout(folder("data/docs"), 60, ["text"])
+        ]
+        chats = [
+            list(encode_chat(words, e["messages"])[0])[:context]
+            for e in heldout(folder("data/qa"), 100, ["messages"])
+        ]
+        held = {"conversations": chats, "text": [row for row in docs if len(row) > 1]}
+        source = {what: _log_probabilities(model, rows) for what, rows in held.items()}
+        print(f"\n{size}/{variant} at 4 bits, block {block}, head int8; {len(seen)} calibration rows; held out: "
+              + ", ".join(f"{len(rows)} of {what}" for what, rows in held.items()))  # fmt: skip
+        far: dict[tuple[str, str], list[tuple[float, int]]] = {}
+        for algorithm in ALGORITHMS:
+            grid = Grid(4, block, algorithm != "k_quant")
+            begun = time.perf_counter()
+            found = calibrate(
+                model, seen, algorithm=algorithm, grid=grid, head=Grid(8, block, True), threads=2
+            )
+            stored = decode.block_bits(4, block, symmetric=grid.symmetric)
+            told = []
+            for what, rows in held.items():
+                candidate = _log_probabilities(model, rows, found.folded, found.weights)
+                far[algorithm, what] = [
+                    (float((p.exp() * (p - q)).sum()), len(p))
+                    for p, q in zip(source[what], candidate, strict=True)
+                ]
+                told.append(f"{what} {_mean(far[algorithm, what]):.4f}")
+            print(
+                f"     {algorithm:<8} {stored:.2f} bits a weight: KL on {', '.join(told)}; {time.perf_counter() - begun:.0f} s"
+            )
+        for what in held:
+            change, error = paired(far["gptq", what], far["rtn", what])
+            ratio = _mean(far["gptq", what]) / _mean(far["rtn", what])
+            table.line(
+                f"{size}/{variant} {what}: KL of gptq against rtn",
+                f"{ratio:.2f} x ({change:+.4f} +- {error:.4f})",
+                "< 1 x, beyond 2 standard errors",
+                change + 2 * error < 0 if promised else None,
+            )
+
+
+def _log_probabilities(
+    model: Path, rows: Sequence[Sequence[int]], folded: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
+) -> list[Any]:  # fmt: skip
+    """[tokens, vocabulary] a row, in float64, of a model with parameters and matrices replaced."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from famc.work.likelihood import without_bars
+
+    with without_bars():
+        net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
+    with torch.inference_mode():
+        for name, value in (folded or {}).items():
+            net.get_parameter(name).copy_(value)
+        for name, matrix in (weights or {}).items():  # a tied head is the embedding's own parameter
+            net.get_submodule(name).weight.copy_(matrix.dequantize())
+        found = [net(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows]
+        return [torch.log_softmax(logits.double(), dim=-1) for logits in found]
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    return sum(value for value, _ in parts) / sum(n for _, n in parts)
 
 
 def paired(ours: Sequence[tuple[float, int]], theirs: Sequence[tuple[float, int]]) -> tuple[float, float]:

@@ -221,7 +221,7 @@ class Export(Strict):
         None,
         ge=16,
         le=256,
-        description="weights that share a scale; default: onnx 32, gptq and awq up to 128",
+        description="weights that share a scale; default: 64, gptq and awq 128, as far as the shape divides",
     )
     algorithm: Literal["rtn", "k_quant", "hqq", "gptq", "awq"] | None = Field(
         None, description="how int4 codes are found; default: k_quant, with `calibrate` gptq"

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from transformers import AutoConfig, PretrainedConfig
 
-from famc.steps.exports import ASYMMETRIC
+from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK
 from famc.work.onnx_quantize import Recipe, quantize_graph
 from famc.work.quantize import ALGORITHMS, CALIBRATED, Grid, Quantized
 from famc.work.scores import write_json
@@ -94,8 +94,8 @@ def build_decoder(
 def recipe_of(
     quant: str,
     *,
-    block_size: int = 32,
-    algorithm: str = "rtn",
+    block_size: int = DATA_FREE_BLOCK,
+    algorithm: str = "k_quant",
     symmetric: bool | None = None,
     lm_head: str = "int8",
     embeddings: str = "int8",
