@@ -256,14 +256,19 @@ def convert_work(parameters: int) -> Work:
     return Work("cpu", cpu_seconds=2.0 + parameters / 5e7)
 
 
+# Parameters that an algorithm quantises in a second of one core; measured once on an AVX-512 machine (docs/decisions.md)
+QUANTISED_A_SECOND = {"rtn": 3e7, "k_quant": 4e6, "hqq": 2e6, "awq": 1.2e6, "gptq": 7e5}
+
+
 def export_work(shape: Shape, parameters: int, params: Mapping[str, Any]) -> Work:
-    """Conversion; with calibration three passes over the data, and what GPTQ solves: rows x columns^2 a matrix."""
+    """Conversion, the algorithm's search, and with calibration three passes over the data (probes of bits: five more)."""
     seconds = convert_work(parameters).cpu_seconds
+    if "algorithm" in params:
+        seconds += parameters / QUANTISED_A_SECOND[params["algorithm"]]
     if "examples" in params:
         tokens = params["examples"] * params["context"]
         passes = 8 if params["max_drop"] else 3
-        solving = parameters * shape.hidden * 2.0
-        seconds += (passes * flops.forward(shape, tokens, params["context"]) + solving) / CPU_FLOPS
+        seconds += passes * flops.forward(shape, tokens, params["context"]) / CPU_FLOPS
     return Work("cpu", cpu_seconds=seconds)
 
 
@@ -273,14 +278,16 @@ CPU_FLOPS = 5e10  # fp32 matrix products of one core: assumed
 def export_memory(shape: Shape, parameters: int, params: Mapping[str, Any]) -> float:
     """Bytes of weights that an export holds at once.
 
-    safetensors and gguf go tensor by tensor: the largest one, in fp32 and as it is written. ONNX holds the float
-    model while its graph is made. Calibration holds it in fp32, the hidden states of the examples, and the Hessians of
-    one block.
+    safetensors and gguf go tensor by tensor: the largest one, in fp32 and as it is written. An ONNX graph is made while
+    torch holds the float model, and streams to disk matrix by matrix; a file that is one protobuf is in memory three
+    times while it is written. Calibration holds the model in fp32, the hidden states of the examples, and the Hessians
+    of one block.
     """
     largest = 4.0 * max(shape.vocab * shape.hidden, shape.hidden * shape.ffn)
-    if params["format"] in ("safetensors", "gguf") and "examples" not in params:
-        return 3 * largest
-    held = 4.0 * parameters * ONNX_COPIES if params["format"] == "onnx" else 4.0 * parameters
+    held = 3 * largest
+    if params["format"] == "onnx":
+        protobuf = min(export_bytes(parameters, params["quant"]), ONNX_INLINE)
+        held = max(4.0 * parameters + 2 * largest, 3 * protobuf)
     if "examples" in params:
         states = 8.0 * params["examples"] * params["context"] * shape.hidden
         hessians = 4.0 * (shape.ffn**2 + 2 * shape.hidden**2) * 2
@@ -288,7 +295,8 @@ def export_memory(shape: Shape, parameters: int, params: Mapping[str, Any]) -> f
     return held
 
 
-ONNX_COPIES = 2.0  # of the float model while its graph is made: torch's and the graph's
+# Weights up to here are inside the ONNX file, larger ones beside it: a protobuf is read and written whole
+ONNX_INLINE = 2**29
 
 
 def export_bytes(parameters: int, quant: str) -> float:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from transformers import AutoConfig, PretrainedConfig
 
-from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK
+from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK, ONNX_INLINE
 from famc.work.onnx_quantize import Recipe, quantize_graph
 from famc.work.quantize import ALGORITHMS, CALIBRATED, Grid, Quantized
 from famc.work.scores import write_json
@@ -47,9 +47,6 @@ ROPE_TYPES = {
     "Qwen3ForCausalLM": ("default", "linear"),
 }
 ARCHITECTURES = tuple(ROPE_TYPES)
-
-# A protobuf message ends at 2^31 - 1 bytes; the graph around the weights gets 16 MiB of that.
-INLINE_LIMIT = 2**31 - 2**24
 
 
 def build_decoder(
@@ -216,7 +213,7 @@ def _save(model: ir.Model, target: Path) -> None:
         stale.unlink(missing_ok=True)
     weights = sum(value.const_value.nbytes for value in _initializers(model))
     with _quiet():
-        if weights < INLINE_LIMIT:
+        if weights < ONNX_INLINE:
             ir.save(
                 ir.external_data.load_to_model(model), target
             )  # else it would point into the scratch folder
