@@ -168,7 +168,7 @@ ROWS: dict[str, Row] = {
     "family.languages": row("family.languages=[en, de]", CARDS),
     # --- architecture and sizes
     "arch.type": row("arch.type=llama", MODELS),
-    "arch.head_dim": row("arch.head_dim=16", MODELS),
+    "arch.head_dim": row("arch.head_dim=16", MODELS + " */export.onnx-int4"),  # blocks must divide its heads
     "arch.vocab_pad": row(("arch.vocab_pad=2112", "stages.grown.path=ckpt2"), f"{MODELS} tokenizer"),
     "arch.context": row("arch.context=256", f"{MODELS} */eval.* */parity.* */release"),
     "arch.rope_theta": row("arch.rope_theta=500000", MODELS),
@@ -230,7 +230,7 @@ ROWS: dict[str, Row] = {
     "exports.*.format": row("exports.0={variants: [base], format: onnx}", "nodes"),
     "exports.*.quant": row("exports.0.quant=fp32", "nodes"),
     "exports.*.bits": w("exports.0.bits=8", "nodes"),
-    "exports.*.block_size": row("exports.1.block_size=64", "key */instruct/export.onnx-int4"),
+    "exports.*.block_size": row("exports.1.block_size=128", "key */instruct/export.onnx-int4"),
     "exports.*.algorithm": row("exports.1.algorithm=rtn", "key */instruct/export.onnx-int4"),
     "exports.*.symmetric": row("exports.1.symmetric=false", "key */instruct/export.onnx-int4", given="exports.1.algorithm=rtn"),
     "exports.*.lm_head": row("exports.1.lm_head=int4", "key */instruct/export.onnx-int4"),

@@ -133,9 +133,16 @@ def gguf_folder(
 
 
 def config_of(folder: Path, files: list[str]) -> dict[str, Any]:
-    """config.json with the cache on, and with what transformers.js must know of weights beside a graph."""
+    """config.json with the cache on, the rotary base where older clients look for it, and what transformers.js must
+    know of weights beside a graph."""
     config: dict[str, Any] = read_json(folder / "config.json")
     config["use_cache"] = True  # training turns it off; without it each new token costs a whole forward pass
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        # transformers before 5, and much that reads its files, looks here, and takes 10000 in silence if it finds none
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     outside: dict[str, int] = {}
     for name in files:
         graph, found, _ = name.rpartition("_data")
@@ -168,6 +175,10 @@ def with_template(folder: Path) -> dict[str, Any]:
     apart = folder / "chat_template.jinja"
     if apart.is_file():  # transformers prefers it to the one inside
         config["chat_template"] = apart.read_text(encoding="utf-8")
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 and others do not know
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # of decoders; left out, transformers 4 adds token_type_ids, which `generate` then refuses
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     return config
 
 

@@ -7,6 +7,7 @@ are the step's metrics; what it writes into its folder are the artifact's files.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -28,6 +29,7 @@ from famc.job import Job, base_record
 from famc.steps import KINDS
 from famc.store import Store
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to a full disk, over a quota or a limit raises
 LIFE = "FAMC_LIFE"  # "stdin": the build holds the other end
 CHECKPOINTS = "checkpoints"  # inside the partial folder; removed before the artifact is committed
 _PACKAGES = (
@@ -79,10 +81,13 @@ def execute(job: Job) -> int:
             f"error: {job.name}: out of memory; the plan expected {job.memory / 1e9:.2f} GB", file=sys.stderr
         )
         return 1
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            full = f"no room for it on the disk of {job.store} ({error.strerror})"
+            print(f"error: {job.name}: {full}; make room, and run the same command again", file=sys.stderr)
+            return 1
         traceback.print_exc()
-        last = sys.exc_info()[1]
-        print(f"error: {job.name}: {type(last).__name__}: {last}", file=sys.stderr)
+        print(f"error: {job.name}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 

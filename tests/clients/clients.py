@@ -2,6 +2,7 @@
 
     transformers_js({"task": …, "folder": …}) -> what transformers_js/run.mjs prints
     sentence_transformers({…})                -> what sentence_transformers_client.py prints
+    clean_transformers({…}, "5" or "4")       -> what transformers_client.py prints in that major version
 
 Installing needs npm, Python and a package index; running is offline. What is missing is an error, not a skip: a
 release that no client was shown is not checked.
@@ -27,6 +28,7 @@ HERE = Path(__file__).parent
 SENTENCE_TRANSFORMERS = (
     "torch==2.13.0", "sentence-transformers==5.7.*", "transformers==4.57.6", "optimum-onnx==0.1.*", "onnxruntime>=1.22",
 )  # fmt: skip
+TRANSFORMERS = ("torch==2.13.0", "transformers>=5.20,<6", "compressed-tensors>=0.15,<1")
 
 
 def transformers_js(request: dict[str, Any]) -> dict[str, Any]:
@@ -48,15 +50,31 @@ def transformers_js(request: dict[str, Any]) -> dict[str, Any]:
     return _ask([node, str(script)], request)
 
 
+def clean_transformers(request: dict[str, Any], major: str) -> dict[str, Any]:
+    """Ask a transformers that has never seen famc: today's, or the last 4, which is that of sentence-transformers'."""
+    python = (
+        _environment("st-venv", SENTENCE_TRANSFORMERS)
+        if major == "4"
+        else _environment("tf-venv", TRANSFORMERS)
+    )
+    return _ask([python, str(HERE / "transformers_client.py")], request)
+
+
 def sentence_transformers(request: dict[str, Any]) -> dict[str, Any]:
     """Ask sentence-transformers' ONNX backend, and torch in the same process."""
-    folder = _cache() / "st-venv"
+    python = _environment("st-venv", SENTENCE_TRANSFORMERS)
+    return _ask([python, str(HERE / "sentence_transformers_client.py")], request)
+
+
+def _environment(name: str, packages: tuple[str, ...]) -> str:
+    """The Python of a virtual environment with just these packages, made once."""
+    folder = _cache() / name
     python = folder / "bin/python"
-    with _once(folder, "\n".join(SENTENCE_TRANSFORMERS).encode()) as missing:
+    with _once(folder, "\n".join(packages).encode()) as missing:
         if missing:
             _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-            _run([str(python), "-m", "pip", "install", "-q", *SENTENCE_TRANSFORMERS])
-    return _ask([str(python), str(HERE / "sentence_transformers_client.py")], request)
+            _run([str(python), "-m", "pip", "install", "-q", *packages])
+    return str(python)
 
 
 def _cache() -> Path:

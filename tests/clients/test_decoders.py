@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clients import transformers_js
+from clients import clean_transformers, transformers_js
 from tiny_artifacts import CHATS, make_data, make_model, make_tokenizer
 from tiny_model import CONVERSATION, TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
@@ -266,6 +266,35 @@ def test_what_the_table_promises_loads_and_answers(families, arch, fmt, quant, r
     source = families(arch)
     folder = source.release(fmt, quant)
     RUNTIMES[runtime](source, folder, fmt, quant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "fmt", "quant", "major"),
+    [
+        ("qwen3", "safetensors", "fp32", "5"), ("llama", "safetensors", "bf16", "5"), ("qwen3", "gptq", "4", "5"),
+        ("qwen3", "safetensors", "fp32", "4"), ("llama", "safetensors", "fp32", "4"),
+    ],
+)  # fmt: skip
+def test_a_clean_environment_needs_the_folder_alone(families, arch, fmt, quant, major):
+    """Nothing of famc's process: another Python, transformers of today or the last 4, offline. The rotary base is not
+    transformers' default: a client that overlooks it gives other logits."""
+    source = families(arch)
+    asked = {
+        "folder": str(source.release(fmt, quant)), "texts": TEXTS, "messages": CHATS[0][:1], "max_new_tokens": 16,
+    }  # fmt: skip
+    answer = clean_transformers(asked, major)
+    assert answer["version"].startswith(f"{major}.")
+    words = AutoTokenizer.from_pretrained(source.tokenizer)
+    assert answer["input_ids"] == [words(text)["input_ids"] for text in TEXTS]
+    assert answer["rendered"] == words.apply_chat_template(
+        CHATS[0][:1], tokenize=False, add_generation_prompt=True
+    )
+    reference = TorchDecoder(source.model, 1)
+    expected = reference.logits([answer["input_ids"][0]])[0, -1]
+    if quant == "fp32":
+        assert np.abs(np.asarray(answer["logits"]) - expected).max() < 1e-3
+    assert answer["new_ids"] == reference.generate(source.prompts[0], 16, {2})
 
 
 @pytest.mark.parametrize("quant", ["4", "8"])
