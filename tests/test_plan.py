@@ -403,3 +403,31 @@ def test_no_command_about_a_plan_loads_a_heavy_module(tmp_path, command):
 def test_keys_of_a_graph_are_those_of_its_plan(built):
     made = toy_plan(built)
     assert keys(made.graph) == {name: step.key for name, step in made.steps.items()}
+
+
+def test_gguf_waits_for_llama_cpp_and_says_how_to_get_it(tmp_path, monkeypatch):
+    """Told by the plan, not by a job an hour later; and nothing else of the family is held up."""
+    edits = [
+        ("format: onnx, quant: [fp32, int4], target: cpu", "format: gguf, quant: q8_0"),
+        ('  - {match: "*/*/export.onnx-*", parity: {tokenizer: exact, kl: 0.05}}\n', ""),
+    ]
+    monkeypatch.setattr("famc.steps.exports.find_spec", lambda name: None)
+    made = toy_plan(tmp_path, *edits)
+    blocked = {name: step.because for name, step in made.steps.items() if step.status == "blocked"}
+    assert "pip install 'famc[gguf]'" in blocked["s/instruct/export.gguf-q8_0"][0]
+    assert "s/instruct/release" not in blocked and "s/instruct/release.gguf" in blocked
+    monkeypatch.setattr("famc.steps.exports.find_spec", lambda name: object())
+    assert not [s for s in toy_plan(tmp_path, *edits).steps.values() if s.status == "blocked"]
+
+
+def test_a_format_of_its_own_folder_waits_for_its_own_gates_alone(tmp_path):
+    """A quantised folder that fails its gate stops itself, not the model's."""
+    made = toy_plan(tmp_path, ("format: onnx, quant: [fp32, int4], target: cpu",
+                               "format: onnx, quant: [fp32, int4]}\n  - {variants: [instruct], format: gptq, bits: 4, calibrate: {data: qa, n: 8}"))  # fmt: skip
+    own, main = made.steps["s/instruct/release.gptq.int4"].node, made.steps["s/instruct/release"].node
+    assert "s/instruct/gate.gptq-4" in own.after and "s/instruct/gate.gptq-4" not in main.after
+    assert (
+        set(own.inputs) >= {"model", "tokenizer", "card", "export.gptq-4"}
+        and "export.gptq-4" not in main.inputs
+    )
+    assert own.params["repo"] == main.params["repo"] + "-GPTQ-Int4"
