@@ -175,8 +175,9 @@ def calibration_rows(data: Path, tokenizer: Path, n: int, context: int) -> list[
     else:
         rows = []
         for example in itertools.islice(examples(data), n):
-            messages = example.get("messages") or [*example["prompt"], *example["chosen"]]
-            rows.append(list(encode_chat(words, messages)[0])[:context])
+            messages = example["messages"] if "messages" in example else example["prompt"] + example["chosen"]
+            if messages:
+                rows.append(list(encode_chat(words, messages)[0])[:context])
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise StepFailed("the calibration data has no example", "name another source under calibrate.data")
