@@ -63,3 +63,21 @@ def test_the_committed_schema_is_current() -> None:
 @pytest.mark.parametrize("spec", sorted((ROOT / "specs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_example_spec_resolves(spec: Path) -> None:
     assert len(open_family(spec).nodes) > 30
+
+
+def test_the_exports_in_the_readme_are_valid_and_the_refusal_is_the_programs(tmp_path: Path) -> None:
+    example, exports = (
+        re.search(r"```yaml\n(famc: 1.*?)```", README, re.S),
+        re.search(r"```yaml\n(exports:\n.*?)```", README, re.S),
+    )
+    assert example is not None and exports is not None
+    whole = re.sub(r"^exports: .*\n", lambda _: exports[1], example[1], flags=re.M)
+    file = tmp_path / "family.yaml"
+    file.write_text(whole, encoding="utf-8")
+    nodes = open_family(file).nodes
+    assert {"m/instruct/export.onnx-fp16", "s/instruct/release.gguf", "s/instruct/release.gptq.int4"} <= set(
+        nodes
+    )
+    from famc.steps.exports import nearest
+
+    assert nearest("qwen3_moe", "text-generation", "onnx", "fp16") in README
