@@ -149,6 +149,15 @@ JS_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "q4"}
 GENAI_ORDER = ("int4", "int8", "fp32")
 
 
+def gguf_name(name: str, quant: str) -> str:
+    """As llama.cpp's users name files, and ollama and the hub read the quantisation from them.
+
+    >>> gguf_name("pydoc-m-instruct", "q4_k_m")
+    'pydoc-m-instruct-Q4_K_M.gguf'
+    """
+    return f"{name}-{quant.upper()}.gguf"
+
+
 def quants(export: Export) -> tuple[str, ...]:
     """The quantisations that an export makes."""
     return (*export.quant, *([str(export.bits)] if export.bits else [])) or DEFAULT_QUANT[export.format]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from famc.errors import StepFailed
 from famc.job import Job
 from famc.store import link_or_copy
-from famc.work.export import DTYPES, INDEX, WEIGHTS, convert_weights, shards
+from famc.work.checkpoint import DTYPES, INDEX, WEIGHTS, convert_weights, shards
 from famc.work.likelihood import load_tokenizer
 from famc.work.release import TOKENIZER_FILES, with_template
 from famc.work.scores import read_json, write_json

@@ -13,9 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from famc.job import Job
-from famc.steps.exports import CALIBRATED_FORMATS, GENAI_ORDER, JS_DTYPES, ONNX_FILES
+from famc.steps.exports import CALIBRATED_FORMATS, GENAI_ORDER, JS_DTYPES, ONNX_FILES, gguf_name
 from famc.steps.others import HIGHER_IS_BETTER
-from famc.work.export import gguf_name
 from famc.work.scores import RESULTS, Score, read_json
 
 TEMPLATES = Path(__file__).parent.parent / "report" / "templates"

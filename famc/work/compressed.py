@@ -9,11 +9,9 @@ in memory at a time. Tokenizer and the like are the caller's to copy. Every Line
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,31 +27,15 @@ from compressed_tensors.quantization import (
 from safetensors import safe_open
 
 from famc.errors import StepFailed
-from famc.work.calibrate import HEAD, Calibrated
-from famc.work.export import DTYPES, WEIGHTS, shards
+from famc.work.blocks import HEAD
+from famc.work.calibrate import Calibrated
+from famc.work.checkpoint import DTYPES, WEIGHTS, Piece, shards, write_safetensors
 from famc.work.quantize import Grid, Quantized
 from famc.work.scores import read_json, write_json
 
 Tensor = torch.Tensor
 
 FORMAT = "pack-quantized"
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A tensor of the file: its place in the header, and how to make it once its turn has come."""
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM[self.code]
-
-
-_ITEM = {"F32": 4, "BF16": 2, "I32": 4, "I64": 8}
 
 
 def write_compressed(
@@ -80,8 +62,8 @@ def write_compressed(
     config |= {"dtype": DTYPES[dtype][2], "quantization_config": quantization_config(layers, grid)}
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        pieces = sorted(_pieces(model_dir, layers, made, dtype, stack), key=lambda piece: piece.name)
-        _write(out / WEIGHTS, pieces)
+        pieces = list(_pieces(model_dir, layers, made, dtype, stack))
+        write_safetensors(out / WEIGHTS, pieces)
     write_json(out / "config.json", config)
     bits = [matrix.grid.bits for matrix in layers.values()]
     return {
@@ -126,7 +108,7 @@ def _scheme(targets: list[str], grid: Grid) -> QuantizationScheme:
 
 def _pieces(
     model_dir: Path, layers: dict[str, Quantized], made: Calibrated, dtype: str, stack: ExitStack
-) -> Iterator[_Piece]:
+) -> Iterator[Piece]:
     wanted, code, _ = DTYPES[dtype]
     tied = bool(read_json(model_dir / "config.json").get("tie_word_embeddings"))
     seen: set[str] = set()
@@ -140,7 +122,7 @@ def _pieces(
             elif not (tied and module == HEAD):
                 read = made.folded.__getitem__ if name in made.folded else opened.get_tensor
                 shape = tuple(opened.get_slice(name).get_shape())
-                yield _Piece(name, code, shape, partial(_float, read, name, wanted))
+                yield Piece(name, code, shape, partial(_float, read, name, wanted))
     if missing := sorted(layers.keys() - seen):
         raise StepFailed(f"{model_dir} has no {missing[0]}", "it isn't the model that was quantised")
 
@@ -149,7 +131,7 @@ def _float(read: Callable[[str], Tensor], name: str, wanted: torch.dtype) -> Ten
     return read(name).to(wanted)
 
 
-def _packed(module: str, matrix: Quantized, wanted: torch.dtype, code: str) -> Iterator[_Piece]:
+def _packed(module: str, matrix: Quantized, wanted: torch.dtype, code: str) -> Iterator[Piece]:
     bits, middle = matrix.grid.bits, matrix.grid.middle
     (rows, columns), blocks = matrix.codes.shape, matrix.scales.shape[1]
 
@@ -157,38 +139,16 @@ def _packed(module: str, matrix: Quantized, wanted: torch.dtype, code: str) -> I
         return (codes.to(torch.int16) - middle).to(torch.int8)
 
     width = math.ceil(columns * bits / 32)
-    yield _Piece(
+    yield Piece(
         f"{module}.weight_packed", "I32", (rows, width), lambda: pack_to_int32(signed(matrix.codes), bits)
     )
-    yield _Piece(f"{module}.weight_scale", code, (rows, blocks), lambda: matrix.scales.to(wanted))
-    yield _Piece(f"{module}.weight_shape", "I64", (2,), lambda: torch.tensor([rows, columns]))
+    yield Piece(f"{module}.weight_scale", code, (rows, blocks), lambda: matrix.scales.to(wanted))
+    yield Piece(f"{module}.weight_shape", "I64", (2,), lambda: torch.tensor([rows, columns]))
     zeros = matrix.zeros
     if zeros is not None:
-        yield _Piece(
+        yield Piece(
             f"{module}.weight_zero_point",
             "I32",
             (math.ceil(rows * bits / 32), blocks),
             lambda: pack_to_int32(signed(zeros), bits, packed_dim=0),
         )
-
-
-def _write(target: Path, pieces: list[_Piece]) -> None:
-    """A safetensors file, tensor after tensor: the library's own writer wants all of them at once."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for piece in pieces:
-        header[piece.name] = {
-            "dtype": piece.code,
-            "shape": list(piece.shape),
-            "data_offsets": [at, at + piece.bytes],
-        }
-        at += piece.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with target.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            tensor = piece.make().contiguous()
-            if tuple(tensor.shape) != piece.shape:
-                raise StepFailed(f"{piece.name} is {tuple(tensor.shape)}, not {piece.shape}", "a bug of famc")
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)

@@ -8,21 +8,20 @@ weights were quantised, layers.json says how far each matrix is from its source.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from famc.errors import StepFailed, did_you_mean
 from famc.job import Job
+from famc.steps.exports import gguf_name
 from famc.store import link_or_copy
+from famc.work.checkpoint import DTYPES, WEIGHTS, convert_weights, copy_files
 from famc.work.likelihood import encode_chat, load_tokenizer
 from famc.work.rows import examples
 from famc.work.scores import read_json, stable, write_json
@@ -32,20 +31,7 @@ if TYPE_CHECKING:
     from famc.work.onnx_build import Quant
     from famc.work.quantize import Grid
 
-# safetensors' name of a type, and transformers' (config.json: dtype)
-DTYPES: dict[str, tuple[torch.dtype, str, str]] = {
-    "fp32": (torch.float32, "F32", "float32"),
-    "bf16": (torch.bfloat16, "BF16", "bfloat16"),
-}
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 LAYERS = "layers.json"
-# All of a model folder that is for its users, but for weights and card. Nothing else of a folder is passed
-# on.
-HF_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "preprocessor_config.json", "processor_config.json", )  # fmt: skip
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -111,15 +97,6 @@ def gguf(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     return dict(
         build_gguf(inputs["model"], target, quant, name=name, threads=job.threads, progress=job.progress)
     )
-
-
-def gguf_name(name: str, quant: str) -> str:
-    """As llama.cpp's users name files, and ollama and the hub read the quantisation from them.
-
-    >>> gguf_name("pydoc-m-instruct", "q4_k_m")
-    'pydoc-m-instruct-Q4_K_M.gguf'
-    """
-    return f"{name}-{quant.upper()}.gguf"
 
 
 def compressed(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -215,83 +192,3 @@ def layer_facts(out: Path, made: Calibrated) -> dict[str, Any]:
         "calibration_perplexity_source": made.perplexity["source"],
         "calibration_perplexity": made.perplexity["quantized"],
     }
-
-
-def copy_files(model: Path, out: Path) -> None:
-    """All of a model folder that is for its users, but for weights, card and config.json."""
-    for name in HF_FILES:
-        if (model / name).is_file() and name != "config.json":
-            link_or_copy(model / name, out / name)
-
-
-def convert_weights(
-    model: Path,
-    target: Path,
-    quant: str,
-    progress: Any = lambda done, total: None,
-    *,
-    replaced: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, Any]:
-    """All tensors of a model folder, sharded or not, into one file, one tensor in memory at a time; those in
-    `replaced` instead of the folder's own.
-
-    Floating-point tensors take the new type; a head that is tied to the embedding is not written a second
-    time.
-    """
-    wanted, code, _ = DTYPES[quant]
-    tied = bool(read_json(model / "config.json").get("tie_word_embeddings"))
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for shard in shards(model):
-            opened = stack.enter_context(safe_open(shard, framework="pt"))
-            where |= dict.fromkeys(opened.keys(), opened)
-        if tied and "model.embed_tokens.weight" in where:
-            where.pop("lm_head.weight", None)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in sorted(where):
-            view = where[name].get_slice(name)
-            shape, kind = list(view.get_shape()), str(view.get_dtype())
-            floating = kind in _FLOATS
-            if not floating and kind not in _ITEM:
-                raise StepFailed(
-                    f"{name} of {model} is of type {kind}", "famc reads unquantised checkpoints only"
-                )
-            size = math.prod(shape) * (wanted.itemsize if floating else _ITEM[kind])
-            header[name] = {
-                "dtype": code if floating else kind, "shape": shape, "data_offsets": [at, at + size],
-            }  # fmt: skip
-            at += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        parameters = 0
-        with target.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for done, name in enumerate(sorted(where)):
-                given = (replaced or {}).get(name)
-                tensor: torch.Tensor = where[name].get_tensor(name) if given is None else given
-                if tensor.is_floating_point():
-                    tensor = tensor.to(wanted)
-                    if not bool(torch.isfinite(tensor).all()):
-                        hint = "training diverged: look at its losses"
-                        raise StepFailed(
-                            f"{name} of {model} holds numbers that are not finite in {quant}", hint
-                        )
-                parameters += tensor.numel()
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-                progress(done + 1, len(where))
-    return {"bytes": target.stat().st_size, "tensors": len(where), "parameters": parameters, "dtype": quant}
-
-
-def shards(model: Path) -> Iterator[Path]:
-    """The safetensors files of a model folder."""
-    sharded = (model / INDEX).is_file()
-    for name in sorted(set(read_json(model / INDEX)["weight_map"].values())) if sharded else [WEIGHTS]:
-        if Path(name).name != name or not (model / name).is_file():
-            raise StepFailed(f"{model} has no {name}", "famc reads safetensors only")
-        yield model / name
-
-
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_ITEM = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
-from transformers import AutoConfig, PretrainedConfig
 
 from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK, ONNX_INLINE
+from famc.work.checkpoint import decoder_config
 from famc.work.onnx_quantize import Recipe, quantize_graph
 from famc.work.quantize import ALGORITHMS, CALIBRATED, Grid, Quantized
 from famc.work.scores import write_json
@@ -46,7 +46,6 @@ ROPE_TYPES = {
     "LlamaForCausalLM": ("default", "linear", "llama3"),
     "Qwen3ForCausalLM": ("default", "linear"),
 }
-ARCHITECTURES = tuple(ROPE_TYPES)
 
 
 def build_decoder(
@@ -69,7 +68,7 @@ def build_decoder(
     else:
         recipe = recipe or recipe_of(quant)
     begun = time.perf_counter()
-    config = _checked_config(model_dir)
+    config = decoder_config(model_dir, "the ONNX export", ROPE_TYPES)
     target = out / "onnx" / FILES[quant]
     target.parent.mkdir(parents=True, exist_ok=True)
     errors: dict[str, float] = {}
@@ -130,27 +129,6 @@ def genai_config(made: Mapping[str, Any], file: str) -> dict[str, Any]:
     decoder = config["model"]["decoder"]
     decoder["filename"] = f"onnx/{file}"
     decoder["session_options"]["provider_options"] = []
-    return config
-
-
-def _checked_config(model_dir: Path) -> PretrainedConfig:
-    """The folder's configuration; ValueError for what the builder can't make, or makes wrong silently."""
-    raw = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    name = (raw.get("architectures") or [raw.get("model_type", "unknown")])[0]
-    if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"the ONNX export of decoders doesn't know {name} ({model_dir}); it knows {known}")
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    rope = config.rope_parameters
-    wrong = {
-        "is_causal: false (it would become causal)": getattr(config, "is_causal", True) is False,
-        "sliding-window attention": "sliding_attention" in (getattr(config, "layer_types", None) or ()),
-        f"RoPE of type {rope['rope_type']}": rope["rope_type"] not in ROPE_TYPES[name],
-        "a partial RoPE (it would become a full one)": rope.get("partial_rotary_factor", 1.0) != 1.0,
-    }
-    for what, there in wrong.items():
-        if there:
-            raise ValueError(f"the ONNX export can't do {name} with {what} ({model_dir})")
     return config
 
 

@@ -19,7 +19,7 @@ from famc.errors import StepFailed
 from famc.job import Job
 from famc.steps.exports import CALIBRATED_FORMATS, GENAI_ORDER
 from famc.store import link_or_copy
-from famc.work.export import HF_FILES, INDEX, WEIGHTS
+from famc.work.checkpoint import HF_FILES, INDEX, WEIGHTS
 from famc.work.likelihood import document_start, encode_prompt, end_ids, load_tokenizer, without_bars
 from famc.work.scores import read_json, write_json
 
@@ -113,7 +113,7 @@ def gguf_folder(
     job: Job, inputs: Mapping[str, Path], exports: Mapping[str, Path], out: Path
 ) -> dict[str, Any]:
     """A folder for llama.cpp: every GGUF file, and a Modelfile with which Ollama serves the smallest."""
-    from famc.work.gguf_build import modelfile
+    from famc.work.ollama import modelfile
 
     files = [path for folder in exports.values() for path in sorted(folder.glob("*.gguf"))]
     if len(files) != len(exports):
@@ -175,7 +175,9 @@ def with_template(folder: Path) -> dict[str, Any]:
     apart = folder / "chat_template.jinja"
     if apart.is_file():  # transformers prefers it to the one inside
         config["chat_template"] = apart.read_text(encoding="utf-8")
-    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which 4 and others do not know
+    if (
+        config.get("tokenizer_class") == "TokenizersBackend"
+    ):  # transformers 5's name, which 4 and others do not know
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     # of decoders; left out, transformers 4 adds token_type_ids, which `generate` then refuses
     config.setdefault("model_input_names", ["input_ids", "attention_mask"])

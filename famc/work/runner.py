@@ -29,7 +29,11 @@ from famc.job import Job, base_record
 from famc.steps import KINDS
 from famc.store import Store
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write to a full disk, over a quota or a limit raises
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # what a write to a full disk, over a quota or a limit raises
 LIFE = "FAMC_LIFE"  # "stdin": the build holds the other end
 CHECKPOINTS = "checkpoints"  # inside the partial folder; removed before the artifact is committed
 _PACKAGES = (

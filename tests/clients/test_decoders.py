@@ -31,10 +31,11 @@ from famc.steps.exports import (
     TEXT,
     export_params,
     folder_suffix,
+    gguf_name,
 )
 from famc.work import export, release
+from famc.work.checkpoint import WEIGHTS
 from famc.work.compare import TorchDecoder, compare
-from famc.work.export import WEIGHTS, gguf_name
 from famc.work.onnx_session import OnnxDecoder
 
 # how far a format may be from the source, nats a token, on models that know a few texts by heart

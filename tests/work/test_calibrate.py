@@ -16,7 +16,8 @@ from tiny_model import TEXTS, make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from famc.errors import StepFailed
-from famc.work.calibrate import UNITS, Calibrated, calibrate
+from famc.work.blocks import UNITS
+from famc.work.calibrate import Calibrated, calibrate
 from famc.work.quantize import ALGORITHMS, Grid, quantize
 
 SYMMETRIC, ASYMMETRIC = Grid(4, 32, True), Grid(4, 32, False)
@@ -199,7 +200,7 @@ def test_a_short_last_block_and_rows_in_batches(
     alike = [row[:20] for row in rows] + rows
     one = calibrate(llama, alike, algorithm="gptq", grid=grid, head=None)
     assert one.weights["model.layers.0.mlp.down_proj"].scales.shape == (64, 4)
-    monkeypatch.setattr("famc.work.calibrate.BATCH_TOKENS", 1)
+    monkeypatch.setattr("famc.work.blocks.BATCH_TOKENS", 1)
     other = calibrate(llama, alike, algorithm="rtn", grid=grid, head=None)
     whole = perplexity(load(llama, other), alike)
     assert other.perplexity["quantized"] == pytest.approx(whole, rel=1e-5)

@@ -32,17 +32,12 @@ from famc.errors import StepFailed
 from famc.steps.others import CHATML as FAMILY_CHATML
 from famc.steps.others import SPECIAL_TOKENS
 from famc.work import compare as compare_module
-from famc.work import gguf_build
+from famc.work import gguf_build, gguf_vocabulary
 from famc.work.compare import TorchDecoder, compare, compare_logits
-from famc.work.gguf_build import (
-    PRE_TOKENIZERS,
-    QUANTS,
-    build_gguf,
-    is_chatml,
-    modelfile,
-    tensor_errors,
-    without_generation_marks,
-)
+from famc.work.gguf_build import QUANTS, build_gguf, tensor_errors
+from famc.work.gguf_file import Stored, stored_tensors
+from famc.work.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name, without_generation_marks
+from famc.work.ollama import is_chatml, modelfile
 from famc.work.tokenizer import ODD, SPLIT
 
 RULES = {name: rule for rule, name in PRE_TOKENIZERS.items()}
@@ -77,8 +72,11 @@ def family_tokenizer(
     regex, ignore_merges = RULES[rule]
     level = pre_tokenizers.ByteLevel
     steps = {
-        gguf_build._GPT2: [level(add_prefix_space=False)],
-        gguf_build._DIGITS: [pre_tokenizers.Digits(individual_digits=True), level(add_prefix_space=False)],
+        gguf_vocabulary._GPT2: [level(add_prefix_space=False)],
+        gguf_vocabulary._DIGITS: [
+            pre_tokenizers.Digits(individual_digits=True),
+            level(add_prefix_space=False),
+        ],
     }.get(
         regex,
         [pre_tokenizers.Split(Regex(regex), "isolated"), level(add_prefix_space=False, use_regex=False)],
@@ -277,8 +275,8 @@ def test_shards_chunks_and_threads_change_no_byte(
 def test_the_header_is_read_as_gguf_reads_it(folders: dict[str, Path], tmp_path: Path) -> None:
     build_gguf(folders["llama"], tmp_path / "m.gguf", "q8_0", name="x")
     theirs = GGUFReader(tmp_path / "m.gguf").tensors
-    assert gguf_build.stored_tensors(tmp_path / "m.gguf") == [
-        gguf_build.Stored(t.name, t.tensor_type, tuple(int(n) for n in t.shape)[::-1], int(t.data_offset))
+    assert stored_tensors(tmp_path / "m.gguf") == [
+        Stored(t.name, t.tensor_type, tuple(int(n) for n in t.shape)[::-1], int(t.data_offset))
         for t in theirs
     ]
     assert all(int(t.data_offset) % 32 == 0 for t in theirs)
@@ -382,10 +380,10 @@ def test_a_regex_that_is_almost_qwens_is_refused() -> None:
     assert PRE_TOKENIZERS[SPLIT, False] == "qwen2"  # what famc trains
     tokenizer = family_tokenizer()
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    assert gguf_build.pre_tokenizer_name(spec) == "qwen2"
+    assert pre_tokenizer_name(spec) == "qwen2"
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = SPLIT.replace(r"\p{N}", r"\p{N}{1,2}", 1)
     with pytest.raises(ValueError, match="no name that famc knows"):
-        gguf_build.pre_tokenizer_name(spec)
+        pre_tokenizer_name(spec)
 
 
 def test_an_unknown_quantisation(folders: dict[str, Path], tmp_path: Path) -> None:
