@@ -54,7 +54,10 @@ def publish(plan: Plan, failed: Mapping[str, str] | None = None) -> list[Path]:
             entry["not_released"] = _reasons(plan, node.name, failed or {}) or ["not built"]
             if node.name in plan.steps and _is_ours(folder):
                 shutil.rmtree(folder)  # an older build's: this family has not released it
-        entry |= scores.get((node.size, node.variant), {"scores": {}, "exports": {}})
+        measured = scores.get((node.size, node.variant), {"scores": {}, "exports": {}})
+        here = {role.removeprefix("export.") for role in node.inputs if role.startswith("export.")}
+        exports = {label: values for label, values in measured["exports"].items() if label in here}
+        entry |= {"scores": measured["scores"], "exports": exports}
         entries.append(entry)
     if plan.family.release.collection and (
         folders or any(n.node.kind == "release" for n in plan.steps.values())

@@ -62,9 +62,13 @@ def test_every_variant_is_released_with_its_files(built: Path) -> None:
             "generation_config.json",
             "README.md",
         }
-        if variant["variant"] == "instruct":
-            needed |= {"onnx/model.onnx", "onnx/model_int8.onnx", "onnx/model_q4.onnx"}
-            assert set(variant["exports"]) == {"onnx-fp32", "onnx-int8", "onnx-int4"}
+        if variant["repo"].endswith("-GPTQ-Int4"):
+            assert set(variant["exports"]) == {"gptq-4"}
+        elif variant["variant"] == "instruct":
+            needed |= {f"onnx/model{name}.onnx" for name in ("", "_fp16", "_int8", "_q4")} | {
+                "genai_config.json"
+            }
+            assert set(variant["exports"]) == {"onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int4"}
         assert needed <= {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
         assert variant["scores"]
 
