@@ -270,9 +270,7 @@ def targets(spec: Spec) -> Iterator[Fault]:
                 for name in export.target:
                     target = family.targets.get(name)
                     if target is not None and not spec.touched("targets", name):
-                        yield from _fits(
-                            spec, index, size, shape, f"{export.format} {quant}", quant, name, target
-                        )
+                        yield from _fits(spec, index, size, shape, export.format, quant, name, target)
 
 
 def _tasks_of(spec: Spec, export: Export, size: str) -> list[str]:
@@ -284,28 +282,28 @@ def _tasks_of(spec: Spec, export: Export, size: str) -> list[str]:
 
 
 def _fits(
-    spec: Spec, index: int, size: str, shape: Shape, what: str, quant: str, name: str, target: Target
+    spec: Spec, index: int, size: str, shape: Shape, fmt: str, quant: str, name: str, target: Target
 ) -> Iterator[Fault]:
-    needed = _needed(shape, quant, target)
+    needed = _needed(shape, fmt, quant, target)
     if needed <= target.memory:
         return
     shapes = {other: safe_shape(spec, other) for other in spec.family.sizes}
     fits = {
         n: count(s).total
         for n, s in shapes.items()
-        if s is not None and _needed(s, quant, target) <= target.memory
+        if s is not None and _needed(s, fmt, quant, target) <= target.memory
     }
     largest = max(fits, key=lambda n: fits[n]) if fits else None
     hint = f"the largest size that fits is {largest}" if largest else "no size of the family fits"
     have = f"target '{name}' has {show_bytes(target.memory)}"
-    message = f"exports.{index}: {size} as {what} needs {show_bytes(needed)}, {have}"
+    message = f"exports.{index}: {size} as {fmt} {quant} needs {show_bytes(needed)}, {have}"
     yield Fault(("exports", index, "target"), message, hint)
 
 
-def _needed(shape: Shape, quant: str, target: Target) -> float:
+def _needed(shape: Shape, fmt: str, quant: str, target: Target) -> float:
     """Bytes of an export's weights, and of the KV cache that the target asks for."""
     cache = inference(shape, Layout(), min(target.context, shape.context)).kv_cache
-    return exporting.export_bytes(count(shape).total, quant) + cache
+    return exporting.export_bytes(shape, fmt, quant) + cache
 
 
 def gates(spec: Spec) -> Iterator[Fault]:

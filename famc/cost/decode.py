@@ -103,6 +103,15 @@ def weight_bytes(shape: Shape, how: Stored) -> float:
     return (shape.layers * matrices * how.body + 32 * norms + head * how.head + shape.hidden * how.table) / 8
 
 
+def file_bytes(shape: Shape, how: Stored) -> float:
+    """Bytes of an export's weights: all experts of a mixture, and the whole table unless it is the head's own."""
+    matrices = attention(shape) + feed_forward(shape, active=False)
+    norms = shape.layers * (layer(shape, active=False) - matrices) + shape.hidden
+    rows = shape.vocab * shape.hidden
+    table = 0.0 if shape.tie else rows * how.table
+    return (shape.layers * matrices * how.body + 32 * norms + rows * how.head + table) / 8
+
+
 def cache_bytes(shape: Shape, how: Stored, position: float) -> float:
     """Bytes of the key-value cache that the token at `position` moves: it reads the keys and values of all
     before it and writes its own: 2 x layers x kv_heads x head_dim each.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from famc.cost import flops
+from famc.cost import decode, flops
+from famc.cost.parameters import count
 from famc.cost.shape import Shape
 from famc.spec.family import Export
 from famc.steps.base import Work
@@ -105,13 +106,18 @@ def nearest(arch: str, task: str, fmt: str, quant: str) -> str:
     able = able or [row for row in CAPABILITIES if row.task == task and arch in row.archs]
     if not able:
         return f"nothing exports {task} models of architecture '{arch}'"
-    bits = BITS.get(quant, 16.0)
-    able.sort(key=lambda row: (row.format != fmt, abs(BITS.get(row.quant, 16.0) - bits)))
+    bits = _bits(fmt, quant)
+    able.sort(key=lambda row: (row.format != fmt, abs(_bits(row.format, row.quant) - bits)))
     first = f"{able[0].format} {able[0].quant}"
     rest = dict.fromkeys(f"{row.format} {row.quant}" for row in able[1:])
     more = ", ".join(name for name in rest if name != first)
     planned = " (planned only)" if able[0].status == "later" else ""
     return f"the nearest that is supported is {first}{planned}" + (f"; also {more}" if more else "")
+
+
+def _bits(fmt: str, quant: str) -> float:
+    """Bits of a weight in the blocks, for what is near to what."""
+    return 8.0 if fmt == "fp8" else decode.stored(fmt, quant).body
 
 
 # --- the words of an export ------------------------------------------------------------------------------------------
@@ -129,13 +135,6 @@ CALIBRATED_FORMATS = ("gptq", "awq")
 # algorithms that look at data, and those that search for zero points
 CALIBRATED = frozenset({"gptq", "awq"})
 ASYMMETRIC = frozenset({"k_quant", "hqq"})
-
-# Bits a weight, scales and all. onnx int4: 4 + 32/32 for an fp32 scale a block, + 4/32 for a zero point; gguf: ggml's
-# block layouts (18 bytes for 32 weights in q4_0); compressed-tensors: 4 + 16/128 for a bf16 scale.
-BITS: Mapping[str, float] = {
-    "fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "f16": 16.0, "int8": 9.0, "int4": 5.1, "f32": 32.0, "q8_0": 8.5, "q6_k": 6.56,
-    "q5_k_m": 5.7, "q4_k_m": 4.85, "q4_0": 4.5, "8": 8.125, "4": 4.125,
-}  # fmt: skip
 
 # the file that an ONNX export adds to a release, as transformers.js expects it, and the `dtype` that asks for it
 ONNX_FILES = {
@@ -295,7 +294,7 @@ def export_memory(shape: Shape, parameters: int, params: Mapping[str, Any]) -> f
     largest = 4.0 * max(shape.vocab * shape.hidden, shape.hidden * shape.ffn)
     held = 3 * largest
     if params["format"] == "onnx":
-        protobuf = min(export_bytes(parameters, params["quant"]), ONNX_INLINE)
+        protobuf = min(export_bytes(shape, "onnx", params["quant"]), ONNX_INLINE)
         held = max(4.0 * parameters + 2 * largest, 3 * protobuf)
     if "examples" in params:
         states = 8.0 * params["examples"] * params["context"] * shape.hidden
@@ -308,6 +307,9 @@ def export_memory(shape: Shape, parameters: int, params: Mapping[str, Any]) -> f
 ONNX_INLINE = 2**29
 
 
-def export_bytes(parameters: int, quant: str) -> float:
+def export_bytes(shape: Shape, fmt: str, quant: str, block: int | None = None) -> float:
     """Bytes of the weights in an export."""
-    return parameters * BITS.get(quant, 16.0) / 8
+    if fmt == "fp8":
+        return float(count(shape).total)
+    block = block or block_size(shape, fmt if fmt in CALIBRATED else "rtn")
+    return decode.file_bytes(shape, decode.stored(fmt, quant, tie=shape.tie, block_size=block))
