@@ -247,6 +247,8 @@ ROWS: dict[str, Row] = {
     "gates.*.parity.kl": row("gates.1.parity.kl=0.1", "key */gate.onnx-*"),
     "gates.*.parity.perplexity": row("gates.1.parity.perplexity=0.1", "key */gate.onnx-*"),
     "gates.*.parity.greedy": row("gates.1.parity.greedy=0.5", "key */gate.onnx-*"),
+    "gates.*.parity.cosine": row("gates.1.parity.cosine=0.9", "key */gate.onnx-*"),
+    "gates.*.parity.ranking": row("gates.1.parity.ranking=0.9", "key */gate.onnx-*"),
     "gates.*.max_drop.points": row("gates.1.max_drop.points=3", "key */gate.onnx-*", given="gates.1.max_drop={points: 2}"),
     "gates.*.max_drop.sigma": row("gates.1.max_drop.sigma=3", "key */gate.onnx-*", given="gates.1.max_drop={points: 2}"),
     "gates.*.require": row("gates.2.require={perplexity: {max: 9}}", "key */gate.limits"),

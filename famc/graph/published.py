@@ -172,7 +172,7 @@ class Published(Trained):
     def parity(self, size: str, variant: str, export: Node, label: str) -> str:
         inputs = {"model": export.inputs["model"], "export": export.name, "tokenizer": self.tokenizer()}
         params: dict[str, Any] = {
-            "format": export.params["format"], "context": min(self.shapes[size].context, 512), "texts": 24,
+            "format": export.params["format"], "task": export.params["task"], "context": min(self.shapes[size].context, 512), "texts": 24,
             "prompts": 8, "max_new_tokens": 24,
         }  # fmt: skip
         for role, task in (("text", "bits_per_byte"), ("chat", "answers")):
@@ -223,7 +223,13 @@ class Published(Trained):
         for export, parity, label in exports:
             if parity and export not in gated:
                 made.append(
-                    self.gate(size, variant, f"gate.{label}", default_gate(label), {"parity": parity})
+                    self.gate(
+                        size,
+                        variant,
+                        f"gate.{label}",
+                        default_gate(label, self.nodes[export].params["task"]),
+                        {"parity": parity},
+                    )
                 )
         return made
 
@@ -382,14 +388,16 @@ def gate_name(gate: Gate) -> str:
     return "limits"
 
 
-def default_gate(label: str) -> Gate:
+def default_gate(label: str, task: str) -> Gate:
     """What every export must satisfy when the spec says nothing: the same ids and template, and nearly the
     same model.
     """
-    kl = {"onnx-fp32": 1e-4, "safetensors-fp32": 1e-6}.get(label, 0.05)
-    return Gate.model_validate(
-        {"match": "*", "parity": {"tokenizer": "exact", "template": "exact", "kl": kl}}
-    )
+    same: dict[str, Any] = {"tokenizer": "exact", "template": "exact"}
+    if task in (exporting.VECTORS, exporting.RANKING):
+        near = {"ranking": 0.9} | ({"cosine": 0.99} if task == exporting.VECTORS else {})
+    else:
+        near = {"kl": {"onnx-fp32": 1e-4, "safetensors-fp32": 1e-6}.get(label, 0.05)}
+    return Gate.model_validate({"match": "*", "parity": same | near})
 
 
 def unmatched(spec: Spec, nodes: Mapping[str, Node], gated: set[int]) -> list[Problem]:

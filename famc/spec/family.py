@@ -250,6 +250,15 @@ class Parity(Strict):
         None, ge=0, description="relative rise of perplexity, at most (0.03 = 3 %)"
     )
     greedy: float | None = Field(None, ge=0, le=1, description="share of greedy answers that must be equal")
+    cosine: float | None = Field(
+        None, ge=-1, le=1, description="embedders: mean cosine of vectors to the source's, at least"
+    )
+    ranking: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="embedders, rerankers: Kendall's tau of rankings to the source's, at least",
+    )
 
 
 class MaxDrop(Strict):

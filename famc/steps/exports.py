@@ -74,6 +74,7 @@ def _rows() -> Iterator[Capability]:
         for quant in ("bf16", "fp32"):
             yield Capability(task, "safetensors", quant, EVERY, "later")
     for task in (VECTORS, RANKING):
+        # export and parity workers are there, for qwen3, bert and modernbert; no kind that runs makes such a variant yet
         for quant in ("fp32", "int8", "int4"):
             yield Capability(task, "onnx", quant, EVERY, "later")
         for quant in ("f16", "q8_0", "q4_k_m"):

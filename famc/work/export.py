@@ -19,7 +19,7 @@ import torch
 
 from famc.errors import StepFailed, did_you_mean
 from famc.job import Job
-from famc.steps.exports import gguf_name
+from famc.steps.exports import RANKING, TEXT, VECTORS, gguf_name
 from famc.store import link_or_copy
 from famc.work.checkpoint import DTYPES, WEIGHTS, convert_weights, copy_files
 from famc.work.likelihood import encode_chat, load_tokenizer
@@ -29,6 +29,7 @@ from famc.work.scores import read_json, stable, write_json
 if TYPE_CHECKING:
     from famc.work.calibrate import Calibrated
     from famc.work.onnx_build import Quant
+    from famc.work.onnx_encoder import EncoderQuant, EncoderTask
     from famc.work.quantize import Grid
 
 LAYERS = "layers.json"
@@ -62,9 +63,14 @@ def safetensors(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
 
 def onnx(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """One graph with the cache inside, for onnxruntime, onnxruntime-genai and transformers.js."""
+    """One graph: a decoder's with the cache inside, an embedder's with its pooling."""
     from famc.work.onnx_build import build_decoder, recipe_of
 
+    if (task := str(job.params.get("task", TEXT))) in (VECTORS, RANKING):
+        from famc.work.onnx_encoder import build_encoder
+
+        wanted = (cast("EncoderQuant", str(job.params["quant"])), cast("EncoderTask", task))
+        return dict(build_encoder(inputs["model"], out, wanted[0], task=wanted[1]))
     params, quant = job.params, cast("Quant", str(job.params["quant"]))
     if quant in ("fp32", "fp16"):
         return dict(build_decoder(inputs["model"], out, quant))

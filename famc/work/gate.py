@@ -127,18 +127,32 @@ def _parity(wanted: Mapping[str, Any], made: _Made) -> Iterator[Check]:
     for key in ("tokenizer", "template"):
         if wanted.get(key):
             yield Check(key, str(found[key]), "==", str(wanted[key]), made.name)
-    if wanted.get("kl") is not None:
-        yield Check("kl", _number(found["kl"]), "<=", float(wanted["kl"]), made.name, "nats a token")
-    if wanted.get("perplexity") is not None:
-        error = _number(found["perplexity_ratio_error"])
-        note = f"relative rise, ± {error:.2g}"
-        rise = _number(found["perplexity_ratio"]) - 1
-        yield Check("perplexity", rise, "<=", float(wanted["perplexity"]), made.name, note)
-    if wanted.get("greedy") is not None:
-        note = f"share of {found['prompts']:g} answers"
+    for key, metric, relation, say in LIMITS:
+        if wanted.get(key) is None:
+            continue
+        if metric not in found:
+            yield _absent(metric, found, made.name)
+            continue
+        note = say.format_map({name: _number(value) for name, value in found.items()})
+        value = _number(found[metric]) - (1 if key == "perplexity" else 0)
         yield Check(
-            "greedy_equal", _number(found["greedy_equal"]), ">=", float(wanted["greedy"]), made.name, note
+            "perplexity" if key == "perplexity" else metric,
+            value,
+            relation,
+            float(wanted[key]),
+            made.name,
+            note,
         )
+
+
+# of `parity`: key of the spec, metric of the check, how it must stand to the limit, what a reader should know
+LIMITS = (
+    ("kl", "kl", "<=", "nats a token"),
+    ("perplexity", "perplexity_ratio", "<=", "relative rise, ± {perplexity_ratio_error:.2g}"),
+    ("greedy", "greedy_equal", ">=", "share of {prompts:g} answers"),
+    ("cosine", "cosine_mean", ">=", "over {vectors:g} vectors, worst {cosine_min:.4g}"),
+    ("ranking", "kendall_tau", ">=", "over {queries:g} queries and {documents:g} documents"),
+)
 
 
 def _max_drop(points: float, sigma: float, wanted: tuple[str, ...], made: _Made) -> Iterator[Check]:

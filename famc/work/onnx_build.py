@@ -9,23 +9,21 @@ stamp of the producer.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.metadata
-import io
 import json
 import logging
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
-from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK, ONNX_INLINE
+from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK
 from famc.work.checkpoint import decoder_config
+from famc.work.onnx_file import quiet, save
 from famc.work.onnx_quantize import Recipe, quantize_graph
 from famc.work.quantize import ALGORITHMS, CALIBRATED, Grid, Quantized
 from famc.work.scores import write_json
@@ -82,7 +80,7 @@ def build_decoder(
         if recipe is not None:
             errors = quantize_graph(model, recipe, tied=config.tie_word_embeddings, progress=progress)
         _stamp(model)
-        _save(model, target)  # before the scratch folder goes: the weights are still mapped from it
+        save(model, target)  # before the scratch folder goes: the weights are still mapped from it
         write_json(out / GENAI, genai_config(genai, target.name))
         return _facts(model, target, errors, time.perf_counter() - begun)
 
@@ -137,37 +135,13 @@ def _run_builder(model_dir: Path, made: Path, precision: str) -> None:
     # q and k into itself exists on GPUs only.
     provider = "webgpu" if precision == "fp16" else "cpu"
     options = ["hf_token=false", *(["fuse_qk_norm_gqa=false"] if precision == "fp16" else [])]
-    with _quiet():
+    with quiet():
         # Here, not above: this import appends the builder's folder to sys.path and loads every architecture.
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
         where = (None, str(model_dir), str(made), precision, provider, str(made.parent / "cache"))
         create_model(*where, **parse_extra_options(*where, options))
     gc.collect()  # the builder's model is a web of cycles: torch's weights go with it
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Offline, and with the builder's prints and bars sent to the debug log."""
-    import huggingface_hub.constants as hub
-
-    said = io.StringIO()
-    before, os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE"), "1"
-    constant, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # read from the environment at import only
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the quantiser's logger has a level and a handler of its own
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            yield
-    finally:
-        hub.HF_HUB_OFFLINE = constant
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = before
-        logging.disable(disabled)
-        if said.getvalue():
-            log.debug("onnxruntime-genai's builder said:\n%s", said.getvalue())
 
 
 def _name_cache_dims(model: ir.Model, head_dim: int) -> None:
@@ -182,21 +156,6 @@ def _stamp(model: ir.Model) -> None:
     environment lies in: the same model would get other bytes after every commit of the user's own."""
     model.producer_name = "onnxruntime-genai"
     model.producer_version = importlib.metadata.version("onnxruntime-genai")
-
-
-def _save(model: ir.Model, target: Path) -> None:
-    """One file if it fits into a protobuf, else the weights beside it as transformers.js names them."""
-    data = target.with_name(target.name + "_data")
-    for stale in (target, data):
-        stale.unlink(missing_ok=True)
-    weights = sum(value.const_value.nbytes for value in _initializers(model))
-    with _quiet():
-        if weights < ONNX_INLINE:
-            ir.save(
-                ir.external_data.load_to_model(model), target
-            )  # else it would point into the scratch folder
-        else:
-            ir.save(model, target, external_data=data.name)
 
 
 def _facts(
@@ -237,10 +196,6 @@ def _kept_as(model: ir.Model, prefix: str) -> str:
         return f"int{found[0]}"
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     return "fp16" if logits.dtype == ir.DataType.FLOAT16 else "fp32"
-
-
-def _initializers(model: ir.Model) -> Iterator[Any]:
-    return (value for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def _integer(node: ir.Node, name: str) -> int:

@@ -14,19 +14,24 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]
 Cache = dict[str, Any]  # name of the graph's input -> OrtValue; stays on ONNX Runtime's side, never copied
 
 
+def open_graph(path: Path, threads: int) -> ort.InferenceSession:
+    """A session on the CPU for comparisons: quiet, small, and kind to what runs beside it."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are shared
+    # Lengths differ from call to call: an arena would keep the largest of everything.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxDecoder:
     """A graph with `input_ids`, `attention_mask`, maybe `position_ids`, and a `past_key_values.*` cache."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are shared
-        # Lengths differ from call to call: an arena would keep the largest of everything.
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._session = open_graph(path, threads)
         inputs = self._session.get_inputs()
         self._names = {i.name for i in inputs}
         self._past = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values.")}

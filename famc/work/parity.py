@@ -16,7 +16,7 @@ import numpy as np
 
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.steps.exports import CALIBRATED_FORMATS, DEFAULT_QUANT, ONNX_FILES
+from famc.steps.exports import CALIBRATED_FORMATS, DEFAULT_QUANT, ONNX_FILES, RANKING, TEXT, VECTORS
 from famc.work.compare import (
     Decoder,
     TorchDecoder,
@@ -59,6 +59,8 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     raw = [d["text"] for d in documents] + [str(m["content"]) for c in conversations for m in c["messages"]]
     told = same_tokenizer(inputs["tokenizer"], inputs["model"], raw)
 
+    if params.get("task", TEXT) in (VECTORS, RANKING):
+        return _vectors(job, inputs, out, raw, told)
     start = document_start(tokenizer)
     texts = [
         [start, *tokenizer(d["text"], add_special_tokens=False)["input_ids"]][:context] for d in documents
@@ -108,6 +110,20 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         for side in ("source", "export"):
             flat[f"{name}_{side}"] = metric(Score.read(entry[side]).value)
     return flat
+
+
+def _vectors(
+    job: Job, inputs: Mapping[str, Path], out: Path, texts: list[str], told: dict[str, str]
+) -> dict[str, Any]:
+    """An embedder's vectors, or a reranker's logits, and the order that both sides put the texts in."""
+    from famc.work.compare_vectors import compare_embedder, compare_reranker
+
+    names = [name for name in ONNX_FILES.values() if (inputs["export"] / name).is_file()]
+    graph = inputs["export"] / _one(inputs["export"], names, "ONNX graphs")
+    compare = compare_embedder if job.params["task"] == VECTORS else compare_reranker
+    found = compare(inputs["model"], graph, texts, load_tokenizer(inputs["tokenizer"]), job.threads)
+    write_json(out / RESULTS, {"parity": {k: stable(v) for k, v in found.items()} | told, "scores": {}})
+    return {key: metric(value) for key, value in found.items()} | told
 
 
 def reloaded(export: Path, fmt: str, threads: int, context: int) -> Decoder:

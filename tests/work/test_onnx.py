@@ -20,7 +20,7 @@ import torch
 from tiny_model import CONVERSATION, TEXTS, make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from famc.work import onnx_build
+from famc.work import onnx_build, onnx_file
 from famc.work.compare import (
     TorchDecoder,
     common_prefix,
@@ -256,7 +256,7 @@ def test_external_data_when_too_large(trained, texts, figures, tmp_path, monkeyp
     """weights over the limit go beside the graph, under the name that transformers.js fetches; a rebuild
     that fits again leaves none behind."""
     folder, _ = trained
-    monkeypatch.setattr(onnx_build, "ONNX_INLINE", 1000)
+    monkeypatch.setattr(onnx_file, "ONNX_INLINE", 1000)
     facts = build_decoder(folder, tmp_path, "int4")
     assert sorted(p.name for p in (tmp_path / "onnx").iterdir()) == ["model_q4.onnx", "model_q4.onnx_data"]
     assert facts["external_bytes"] == (tmp_path / "onnx/model_q4.onnx_data").stat().st_size > 50_000
