@@ -3,15 +3,15 @@ problems told.
 
 In: a Spec whose sections are each valid, perhaps with mistakes left out. Out: all problems, those of the
 reading first. names.py: what a name means; graph.py uses it too. shapes.py: sizes, tokenizer, hardware.
-data.py: sources and mixes. stages.py: edges between stages. publish.py: variants, evaluations, exports,
-gates, release.
+data.py: sources and mixes. stages.py: edges between stages. publish.py: variants, evaluations, gates,
+release. exports.py: formats and devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from famc.checks import data, publish, shapes, stages
+from famc.checks import data, exports, publish, shapes, stages
 from famc.checks.names import Names, spec_files, split_ref
 from famc.errors import Problem
 from famc.spec.load import Spec
@@ -36,8 +36,8 @@ RULES: tuple[Rule, ...] = (
     stages.teachers,
     publish.variants,
     publish.evals,
-    publish.exports,
-    publish.targets,
+    exports.exports,
+    exports.targets,
     publish.gates,
     publish.matches,
     publish.release,

@@ -10,15 +10,15 @@ from typing import Any
 from famc.checks import split_ref
 from famc.checks.publish import gate_means
 from famc.errors import Problem, did_you_mean
+from famc.graph.exported import Exported
 from famc.graph.node import Node
-from famc.graph.trained import Trained
-from famc.spec.family import EvalTask, Export, Gate
+from famc.spec.family import EvalTask, Gate
 from famc.spec.load import Spec
 from famc.steps import STAGES, others
 from famc.steps import exports as exporting
 
 
-class Published(Trained):
+class Published(Exported):
     """Follows names from what is published to what it needs. One instance a resolve."""
 
     # --- what is published ----------------------------------------------------------------------------------
@@ -130,71 +130,6 @@ class Published(Trained):
                 }
             )
         return tasks, tuple(missing)
-
-    def export(
-        self, size: str, variant: str, export: Export, gates: tuple[str, ...]
-    ) -> list[tuple[str, str, str]]:
-        """Export and parity nodes: [(export, parity or "", label)]. A variant that fails its gates is not
-        exported.
-        """
-        made = []
-        model = self.model(variant, size)
-        task = exporting.task_of(self.nodes[model].kind)
-        shape, parameters = self.shapes[size], self.params[size]
-        for quant in exporting.quants(export):
-            label = f"{export.format}-{quant}"
-            params = {"task": task, **exporting.export_params(export, quant, shape)}
-            if export.format == "gguf":  # the file says what it is called
-                params["name"] = self.repo(size, variant, "").rpartition("/")[2]
-            inputs = {"model": model}
-            if "examples" in params and export.calibrate is not None:
-                for data in export.calibrate.data:
-                    inputs[f"data.{data}"] = self.mix(*self.names.mix_of("calibrate", data))
-                inputs["tokenizer"] = self.tokenizer()
-                params["seed"] = self.family.family.seed
-            row = exporting.capability(shape.arch, task, export.format, quant)
-            assert row is not None  # checks refuse the others
-            missing: tuple[str, ...] = ()
-            if row.status == "later":
-                what = f"format '{export.format}' of {task} models"
-                missing = (f"{what} can be planned, but this version of famc has no worker for it",)
-            elif lack := exporting.lacking(export.format, quant):
-                missing = (lack,)
-            node = Node(
-                f"{size}/{variant}/export.{label}", "export", size, variant, params, inputs=inputs, after=gates,
-                shape=shape, work=exporting.export_work(shape, parameters, params), missing=missing,
-            )  # fmt: skip
-            address = self.add(node)
-            parity = self.parity(size, variant, node, label) if row.status == "yes" else ""
-            made.append((address, parity, label))
-        return made
-
-    def parity(self, size: str, variant: str, export: Node, label: str) -> str:
-        inputs = {"model": export.inputs["model"], "export": export.name, "tokenizer": self.tokenizer()}
-        params: dict[str, Any] = {
-            "format": export.params["format"], "task": export.params["task"], "context": min(self.shapes[size].context, 512), "texts": 24,
-            "prompts": 8, "max_new_tokens": 24,
-        }  # fmt: skip
-        for role, task in (("text", "bits_per_byte"), ("chat", "answers")):
-            data = next(
-                (
-                    d
-                    for suite in self.names.suites
-                    for d in [self.names.default_data(suite, task)]
-                    if d is not None
-                ),
-                None,
-            )
-            if data:
-                inputs[f"{role}.{data}"] = self.data(data)
-        if self.spec.smoke:
-            params |= {"texts": 4, "prompts": 2, "max_new_tokens": 4}
-        shape = self.shapes[size]
-        node = Node(
-            f"{size}/{variant}/parity.{label}", "parity", size, variant, params, inputs=inputs, shape=shape,
-            work=others.parity_work(shape), missing=export.missing,
-        )  # fmt: skip
-        return self.add(node)
 
     def gates(self, size: str, variant: str) -> list[str]:
         """Gate nodes on a variant's scores."""
@@ -341,15 +276,6 @@ class Published(Trained):
             after=tuple(gates), work=others.SMALL, missing=missing,
         )  # fmt: skip
         self.add(node)
-
-    def repo(self, size: str, variant: str, suffix: str) -> str:
-        """What a released folder is called; a format's suffix stands at {-export}, or at the end."""
-        family, pattern = self.family.family, self.family.release.repo
-        words = {
-            "family": family.name, "org": family.org, "size": size, "variant": variant,
-            "-variant": "" if variant == "base" else f"-{variant}", "-export": suffix, "export": suffix[1:],
-        }  # fmt: skip
-        return pattern.format_map(words) + ("" if "export}" in pattern else suffix)
 
     def lineage(self, model: str) -> list[str]:
         """Trained steps from the first to the model itself."""

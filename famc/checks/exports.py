@@ -1,0 +1,218 @@
+"""Exports: what the capability table has, options that a format knows, data that calibration can read, devices that
+exports fit on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from famc.checks.names import DATA, safe_shape, unknown
+from famc.checks.publish import size_names, sound
+from famc.cost.layout import Layout
+from famc.cost.memory import inference
+from famc.cost.parameters import count
+from famc.cost.shape import Shape
+from famc.errors import did_you_mean
+from famc.spec.family import Export, Target
+from famc.spec.load import Spec
+from famc.spec.quantity import show_bytes
+from famc.spec.text import Path
+from famc.spec.words import Fault
+from famc.steps import exports as exporting
+from famc.steps.mixes import format_of
+
+BUILTIN_TARGETS = ("cpu", "cuda")
+
+
+def exports(spec: Spec) -> Iterator[Fault]:
+    """Variants, sizes and options of each export."""
+    family = spec.family
+    made: dict[tuple[str, str, str], tuple[int, Export]] = {}
+    told: set[tuple[int, int]] = set()
+    for index, export in enumerate(family.exports):
+        path: Path = ("exports", index)
+        label = f"exports.{index}"
+        if not export.variants:
+            yield Fault(
+                (*path, "variants"), f"{label}.variants is empty", "write at least one variant", key=True
+            )
+        for position, variant in enumerate(export.variants):
+            yield from unknown(
+                spec, (*path, "variants", position), f"{label}: no variant is called", variant, ("variants",)
+            )
+        yield from size_names(spec, export.sizes, (*path, "sizes"), f"{label}.sizes")
+        yield from _options(path, label, export)
+        yield from _calibration(spec, export, path, label)
+        for target in export.target:
+            yield from unknown(
+                spec, (*path, "target"), f"{label}: unknown target", target, ("targets",), BUILTIN_TARGETS
+            )
+        pairs = [
+            (s, v) for v in export.variants if v in family.variants for s in family.sizes_of(export.sizes)
+        ]
+        pairs = [(s, v) for s, v in pairs if family.stage_of(v, s) is not None]
+        if not pairs and export.variants and sound(spec):
+            message = f"{label} makes nothing: {' and '.join(export.variants)} is not made at these sizes"
+            yield Fault(path, message, "see variants.*.sizes")
+        for size, variant in pairs:
+            for quant in exporting.quants(export):
+                other, first = made.setdefault((size, variant, f"{export.format}-{quant}"), (index, export))
+                if other != index and (index, other) not in told and _way(first) != _way(export):
+                    told.add((index, other))
+                    what = f"{size}/{variant} as {export.format} {quant}"
+                    what += f" is made by exports.{other} already, in another way"
+                    yield Fault((*path, "format"), f"{label}: {what}", "leave one of them out")
+
+
+def _calibration(spec: Spec, export: Export, path: Path, label: str) -> Iterator[Fault]:
+    """Data that is there, and that a language model can read."""
+    names = export.calibrate.data if export.calibrate is not None else ()
+    at: Path = (*path, "calibrate", "data")
+    if export.calibrate is not None and not names:
+        yield Fault(at, f"{label}.calibrate.data is empty", "write at least one source")
+    sources = spec.family.data.sources
+    for name in names:
+        yield from unknown(spec, at, f"{label}.calibrate: no mix or source is called", name, DATA)
+        source = sources.get(name)
+        if source is not None and format_of(source) not in exporting.CALIBRATION_FORMATS:
+            known = ", ".join(exporting.CALIBRATION_FORMATS)
+            message = f"{label}.calibrate: '{name}' is of format '{format_of(source)}'"
+            yield Fault(at, message, f"calibration reads {known}")
+
+
+def _way(export: Export) -> tuple[object, ...]:
+    """What makes two exports of one format different."""
+    return (
+        export.block_size, export.algorithm, export.symmetric, export.lm_head, export.embeddings,
+        export.calibrate, export.mixed,
+    )  # fmt: skip
+
+
+def _options(path: Path, label: str, export: Export) -> Iterator[Fault]:
+    fmt, made = export.format, exporting.quants(export)
+    calibrated = fmt in exporting.CALIBRATED_FORMATS
+    if fmt in ("gptq", "awq", "fp8") and export.quant:
+        hint = "gptq and awq take 'bits'"
+        yield Fault((*path, "quant"), f"{label}: {fmt} takes no 'quant'", hint, key=True)
+    elif fmt not in ("gptq", "awq", "fp8"):
+        known = exporting.known_quants(fmt)
+        for quant in export.quant:
+            if quant not in known:
+                hint = did_you_mean(quant[:64], known)
+                yield Fault((*path, "quant"), f"{label}: {fmt} has no '{quant[:64]}'", hint)
+    if export.bits is not None and not calibrated:
+        what = f"{label}: 'bits' is for gptq and awq"
+        yield Fault((*path, "bits"), what, f"{fmt} takes 'quant'", key=True)
+    elif export.bits not in (None, 4, 8):
+        yield Fault((*path, "bits"), f"{label}: {fmt} has no {export.bits} bits", "write 4 or 8")
+    int4 = fmt == "onnx" and "int4" in made
+    packed = int4 or (fmt == "onnx" and "int8" in made)
+    allowed = {
+        "block_size": (packed or calibrated, "onnx int4 and int8, gptq and awq"),
+        "algorithm": (int4, "onnx int4"),
+        "symmetric": (int4, "onnx int4"),  # transformers can't read packed zero points
+        "lm_head": (packed, "onnx int4 and int8"),
+        "embeddings": (packed, "onnx int4 and int8"),
+        "mixed": (int4 or (calibrated and "4" in made), "onnx int4, and gptq and awq of 4 bits"),
+        "calibrate": (int4 or calibrated, "onnx int4, gptq and awq"),
+    }
+    for field, (fits, where) in allowed.items():
+        if field in export.model_fields_set and not fits:
+            yield Fault((*path, field), f"{label}: '{field}' is for {where}", "remove it", key=True)
+    yield from _algorithm(path, label, export, int4, calibrated)
+    if export.block_size is not None and export.block_size & (export.block_size - 1):
+        hint = "onnxruntime and vLLM take 16, 32, 64, 128 and 256"
+        yield Fault(
+            (*path, "block_size"), f"{label}: block_size {export.block_size} is no power of two", hint
+        )
+
+
+def _algorithm(path: Path, label: str, export: Export, int4: bool, calibrated: bool) -> Iterator[Fault]:
+    """What an algorithm needs, and what it can't have."""
+    looks: str | None = export.format if calibrated else "mixed" if export.mixed is not None else None
+    looks = str(export.algorithm) if export.algorithm in exporting.CALIBRATED else looks
+    if looks is not None and export.calibrate is None:
+        hint = "for example calibrate: {data: SOURCE, n: 128}"
+        yield Fault(path, f"{label}: '{looks}' needs 'calibrate'", hint)
+    if export.algorithm in exporting.ASYMMETRIC and export.symmetric:
+        hint = "leave symmetric out, or take rtn, gptq or awq"
+        message = f"{label}: {export.algorithm} searches for zero points, so it can't be symmetric"
+        yield Fault((*path, "symmetric"), message, hint)
+    data_free = export.algorithm is not None and export.algorithm not in exporting.CALIBRATED
+    if int4 and export.calibrate is not None and data_free and export.mixed is None:
+        hint = "take gptq or awq, or set 'mixed'"
+        message = f"{label}: {export.algorithm} looks at no data"
+        yield Fault((*path, "calibrate"), message, hint, key=True)
+
+
+def targets(spec: Spec) -> Iterator[Fault]:
+    """Exports that an architecture can't have, and exports that do not fit their target."""
+    family = spec.family
+    told: set[object] = set()
+    for index, export in enumerate(family.exports):
+        if spec.touched("exports", index):
+            continue
+        for size in family.sizes_of(export.sizes):
+            shape = safe_shape(spec, size)
+            if shape is None or not any(
+                v in family.variants and family.stage_of(v, size) for v in export.variants
+            ):
+                continue
+            for quant in exporting.quants(export):
+                if quant not in exporting.known_quants(export.format):
+                    continue  # told above
+                refused = [t for t in _tasks_of(spec, export, size)
+                           if exporting.capability(shape.arch, t, export.format, quant) is None]  # fmt: skip
+                for task in refused:
+                    if (index, quant, shape.arch, task) not in told:
+                        told.add((index, quant, shape.arch, task))
+                        what = f"{export.format} {quant} does not support {task} models"
+                        what += f" of architecture '{shape.arch}' (size {size})"
+                        hint = exporting.nearest(shape.arch, task, export.format, quant)
+                        yield Fault(("exports", index, "format"), f"exports.{index}: {what}", hint)
+                if refused:
+                    continue
+                block, inputs = export.block_size, (shape.hidden, shape.ffn, shape.heads * shape.head_dim)
+                short = [width for width in inputs if block and width % block]
+                if export.format in exporting.CALIBRATED_FORMATS and short and (index, "block") not in told:
+                    told.add((index, "block"))
+                    message = f"exports.{index}: block_size {block} does not divide {short[0]} (size {size})"
+                    yield Fault(
+                        ("exports", index, "block_size"), message, "leave it out: famc finds one that does"
+                    )
+                for name in export.target:
+                    target = family.targets.get(name)
+                    if target is not None and not spec.touched("targets", name):
+                        yield from _fits(spec, index, size, shape, export.format, quant, name, target)
+
+
+def _tasks_of(spec: Spec, export: Export, size: str) -> list[str]:
+    """What an export's variants are for at a size, as far as their stages are known."""
+    family = spec.family
+    stages = [family.stage_of(v, size) for v in export.variants if v in family.variants]
+    kinds = [family.stages[stage].kind for stage in stages if stage in family.stages]
+    return sorted({exporting.task_of(kind) for kind in kinds})
+
+
+def _fits(
+    spec: Spec, index: int, size: str, shape: Shape, fmt: str, quant: str, name: str, target: Target
+) -> Iterator[Fault]:
+    needed = _needed(shape, fmt, quant, target)
+    if needed <= target.memory:
+        return
+    shapes = {other: safe_shape(spec, other) for other in spec.family.sizes}
+    fits = {
+        n: count(s).total
+        for n, s in shapes.items()
+        if s is not None and _needed(s, fmt, quant, target) <= target.memory
+    }
+    largest = max(fits, key=lambda n: fits[n]) if fits else None
+    hint = f"the largest size that fits is {largest}" if largest else "no size of the family fits"
+    have = f"target '{name}' has {show_bytes(target.memory)}"
+    message = f"exports.{index}: {size} as {fmt} {quant} needs {show_bytes(needed)}, {have}"
+    yield Fault(("exports", index, "target"), message, hint)
+
+
+def _needed(shape: Shape, fmt: str, quant: str, target: Target) -> float:
+    """Bytes of an export's weights, and of the KV cache that the target asks for."""
+    cache = inference(shape, Layout(), min(target.context, shape.context)).kv_cache
+    return exporting.export_bytes(shape, fmt, quant) + cache
