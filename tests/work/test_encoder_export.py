@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny_artifacts import make_data
 from tiny_encoder import DOCUMENTS, QUERIES, encoder_tokenizer, make_tiny_encoder
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from famc.errors import StepFailed
 from famc.job import Job
@@ -495,3 +495,13 @@ def test_export_parity_and_gate_of_a_family(tmp_path, task, limits):
         gate.run(
             Job.for_test("gate", "gate", {"parity": {"kl": 9.0}}), {"parity": compared}, tmp_path / "gate"
         )
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen3"])
+def test_a_folder_gives_the_ids_that_its_tokenizer_was_made_with(tmp_path, kind):
+    """Loaded as a user loads it: a class that transformers rebuilds would give unknown ids on both sides, and no
+    comparison of them would notice."""
+    folder = make_tiny_encoder(tmp_path / "m", kind)
+    loaded, own = AutoTokenizer.from_pretrained(folder), encoder_tokenizer(kind)
+    assert [loaded(text)["input_ids"] for text in TEXTS] == [own(text)["input_ids"] for text in TEXTS]
+    assert len({i for text in TEXTS for i in loaded(text)["input_ids"]}) > 20

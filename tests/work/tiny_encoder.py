@@ -36,12 +36,11 @@ def encoder_tokenizer(kind: Kind) -> PreTrainedTokenizerFast:
     if kind.startswith("qwen3"):
         single, pair = f"$A {end}", f"$A {mark} $B {end}"
     else:
-        types = ":1" if kind == "bert" else ""
-        single, pair = f"{mark} $A {end}", f"{mark} $A {end} $B{types} {end}{types}"
+        # One type for both texts: transformers.js sends types for a BertTokenizer alone, and a byte-level BPE that calls
+        # itself one is read by transformers 5 as WordPiece, with unknown ids for every word.
+        single, pair = f"{mark} $A {end}", f"{mark} $A {end} $B {end}"
         tokenizer.cls_token, tokenizer.sep_token = mark, end
-        tokenizer.unk_token = tokenizer.mask_token = (
-            "<|endoftext|>"  # those of a BertTokenizer, or it adds its own
-        )
+        tokenizer.unk_token = tokenizer.mask_token = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, pair=pair, special_tokens=ids
     )
@@ -102,11 +101,10 @@ def make_tiny_encoder(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    # A name that transformers 4, sentence-transformers' ONNX backend and transformers.js know; the last gives the
-    # second text its type for a BertTokenizer alone. transformers 5 leaves the others out, and who then loads the
-    # folder pads on the right and passes token types.
+    # A name that transformers 4, sentence-transformers' ONNX backend and transformers.js know. transformers 5 leaves the
+    # others out, and who then loads the folder pads on the right and passes token types.
     settings |= {
-        "tokenizer_class": "BertTokenizer" if kind == "bert" else "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": tokenizer.model_input_names,
         "padding_side": tokenizer.padding_side,
     }
