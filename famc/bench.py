@@ -25,12 +25,12 @@ from famc.cost.shape import Shape
 from famc.errors import UsageError, did_you_mean
 from famc.graph import Node
 from famc.plan import Plan
+from famc.steps.exports import GENAI_CONFIG
 from famc.store import Store
 
 PROMPT, TOKENS, REPEATS = 512, 64, 3
 TIMEOUT = 1800.0  # seconds of one measurement, loading included
 RUNTIMES = ("onnxruntime", "onnxruntime-genai", "llama.cpp", "torch")
-GENAI_CONFIG = "genai_config.json"
 
 Runner = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 

@@ -41,7 +41,7 @@ class Exported(Trained):
             if row.status == "later":
                 what = f"format '{export.format}' of {task} models"
                 missing = (f"{what} can be planned, but this version of famc has no worker for it",)
-            elif lack := exporting.lacking(export.format, quant):
+            elif lack := exporting.lacking(export.format):
                 missing = (lack,)
             node = Node(
                 f"{size}/{variant}/export.{label}", "export", size, variant, params, inputs=inputs, after=gates,

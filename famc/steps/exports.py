@@ -145,6 +145,7 @@ ONNX_FILES = {
     "int4": "onnx/model_q4.onnx",
 }
 JS_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "q4"}
+GENAI_CONFIG = "genai_config.json"
 # the onnxruntime-genai of a release reads one of its graphs: the smallest
 GENAI_ORDER = ("int4", "int8", "fp32")
 
@@ -196,7 +197,7 @@ def installed(runtime: str) -> bool:
     return runtime in PACKAGES and find_spec(PACKAGES[runtime]) is not None
 
 
-def lacking(fmt: str, quant: str) -> str:
+def lacking(fmt: str) -> str:
     """Why a format can't be made in this installation; "" if it can. GGUF is written here, and packed by llama.cpp."""
     if fmt == "gguf" and not installed("llama.cpp"):
         return f"GGUF is packed and checked by llama.cpp: {EXTRAS['llama.cpp']}"

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK
+from famc.steps.exports import ASYMMETRIC, DATA_FREE_BLOCK, GENAI_CONFIG
 from famc.work.checkpoint import decoder_config
 from famc.work.onnx_file import quiet, save
 from famc.work.onnx_quantize import Recipe, quantize_graph
@@ -36,7 +36,6 @@ Quant = Literal["fp32", "fp16", "int8", "int4"]
 FILES: dict[Quant, str] = {
     "fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx", "int4": "model_q4.onnx",
 }  # fmt: skip
-GENAI = "genai_config.json"
 
 # Architectures and their kinds of RoPE whose logits equal torch's. The builder knows more: compare before
 # adding one (it divides by zero on yarn's defaults, and reads a partial RoPE as a full one).
@@ -75,13 +74,13 @@ def build_decoder(
         made.mkdir()
         _run_builder(model_dir, made, "fp16" if quant == "fp16" else "fp32")
         model = ir.load(made / "model.onnx")
-        genai = json.loads((made / GENAI).read_text(encoding="utf-8"))
+        genai = json.loads((made / GENAI_CONFIG).read_text(encoding="utf-8"))
         _name_cache_dims(model, int(genai["model"]["decoder"]["head_size"]))
         if recipe is not None:
             errors = quantize_graph(model, recipe, tied=config.tie_word_embeddings, progress=progress)
         _stamp(model)
         save(model, target)  # before the scratch folder goes: the weights are still mapped from it
-        write_json(out / GENAI, genai_config(genai, target.name))
+        write_json(out / GENAI_CONFIG, genai_config(genai, target.name))
         return _facts(model, target, errors, time.perf_counter() - begun)
 
 

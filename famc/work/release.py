@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.steps.exports import CALIBRATED_FORMATS, GENAI_ORDER
+from famc.steps.exports import CALIBRATED_FORMATS, GENAI_CONFIG, GENAI_ORDER
 from famc.store import link_or_copy
 from famc.work.checkpoint import HF_FILES, INDEX, WEIGHTS
 from famc.work.likelihood import document_start, encode_prompt, end_ids, load_tokenizer, without_bars
@@ -31,7 +31,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-GENAI = "genai_config.json"
 MAX_NEW_TOKENS = 256
 REQUIRED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
 
@@ -100,7 +99,7 @@ def model_folder(
     )
     graphs = [exports[f"onnx-{quant}"] for quant in GENAI_ORDER if f"onnx-{quant}" in exports]
     if graphs:  # onnxruntime-genai reads one graph of a folder
-        write_json(out / GENAI, genai_of(graphs[0], out, tokenizer))
+        write_json(out / GENAI_CONFIG, genai_of(graphs[0], out, tokenizer))
     missing = [name for name in REQUIRED if not (out / name).is_file()]
     if missing:
         raise StepFailed(
@@ -157,7 +156,7 @@ def config_of(folder: Path, files: list[str]) -> dict[str, Any]:
 def genai_of(export: Path, folder: Path, tokenizer: Any) -> dict[str, Any]:
     """genai_config.json that ends answers where generation_config.json ends them: the builder guesses what
     config.json leaves open (a missing bos becomes token 1)."""
-    config: dict[str, Any] = read_json(export / GENAI)
+    config: dict[str, Any] = read_json(export / GENAI_CONFIG)
     generation = read_json(folder / "generation_config.json")
     config["model"] |= {
         "eos_token_id": generation["eos_token_id"],

@@ -248,9 +248,7 @@ def by_llama_cpp(source: Family, folder: Path, fmt: str, quant: str) -> None:
     words = AutoTokenizer.from_pretrained(source.tokenizer)
     for text in TEXTS:
         assert decoder.tokenize(text) == words(text)["input_ids"]
-    assert (folder / "Modelfile").read_text().startswith("#") or "FROM ./" in (
-        folder / "Modelfile"
-    ).read_text()
+    assert f"FROM ./{gguf_name(NAME, quant)}\n" in (folder / "Modelfile").read_text()
 
 
 RUNTIMES = {
