@@ -131,7 +131,7 @@ def quality(table: Table, made: Plan, store: Store, *, promised: bool) -> None:
     def check(what: str, value: str, want: str, holds: bool) -> None:
         table.line(what, value, want, holds if promised else None)
 
-    sizes = list(made.family.sizes)
+    sizes = list(made.family.sizes_of("lm"))
     base = {size: results(f"{size}/base/eval.base")["bits_per_byte"] for size in sizes}
     chat = {
         (s, v): results(f"{s}/{v}/eval.chat")

@@ -162,7 +162,7 @@ def calibrated_against_rtn(
 
     torch.set_num_threads(2)
     words = load_tokenizer(folder("tokenizer"))
-    for size in made.family.sizes:
+    for size in made.family.sizes_of("lm"):
         address = f"{size}/{variant}/export.onnx-int4"
         if address not in made.graph.nodes or not store.has(address, made.keys[address]):
             continue

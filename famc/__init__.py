@@ -11,7 +11,8 @@ It is a pipeline, and reads in this order:
     plan.py      Graph x backends x store -> Plan: keys, layouts, costs, statuses, reasons
     job.py       one step, ready to run: the JSON that a worker reads
     store.py     artifact folders: atomic, verified, record last
-    run.py       Plan -> artifacts, on this machine;  publish.py: artifacts -> the released folders;  bench.py: their speed
+    run.py       Plan -> artifacts, on this machine;  publish.py: artifacts -> the released folders;  bench.py: their speed;
+                 attempt.py: their answers
     report/      what people look at: tables, the live view, model cards
     cli.py       the command line, thin
     work/        HEAVY: one file a kind, run as processes; the only place that imports torch

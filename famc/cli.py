@@ -8,6 +8,7 @@ import argparse
 import gc as garbage
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -273,6 +274,46 @@ def bench(args: argparse.Namespace) -> int:
     return 0 if any(row["error"] is None for row in result["rows"]) else 1
 
 
+def try_variant(args: argparse.Namespace) -> int:
+    """A variant's answers: to the text that is given, to what is typed, or to each line of stdin."""
+    from famc.attempt import Session, request, texts
+    from famc.report.attempt import answer_lines
+
+    wanted = request(
+        _plan(args, names=False), args.variant, by=args.by, k=args.k, dims=args.dims, export=args.export,
+        max_new_tokens=args.max_new_tokens, threads=args.threads, spec=args.spec,
+    )  # fmt: skip
+    loud = not (args.json or args.quiet) and sys.stderr.isatty()
+    prompt = "> " if sys.stdin.isatty() and not args.json else ""
+    width, found, code = shutil.get_terminal_size().columns, [], 0
+    try:
+        with Session(wanted, lambda text: print(text, file=sys.stderr) if loud else None) as session:
+            if args.text is not None:
+                answer = session.ask(args.text)
+                _say(args, answer, "\n".join(answer_lines(answer, width)))
+                return 0
+            for text in texts(sys.stdin, prompt):
+                try:
+                    found.append(session.ask(text))
+                except UsageError as error:  # this text can't be asked; the next one may
+                    found.append({"variant": wanted.variant, "query": text, "error": error.render()})
+                    code = 0 if prompt else 2
+                    if not args.json:
+                        _tell(error, False)
+                    continue
+                if not args.json:
+                    _say(args, None, "\n".join(answer_lines(found[-1], width)))
+    except KeyboardInterrupt:  # nothing is unfinished: main would speak of steps
+        if args.json:
+            _print_json({"error": "Interrupted", "message": "interrupted", "exit_code": 130})
+        else:
+            print(file=sys.stderr)
+        return 130
+    if args.json:
+        _print_json(found)
+    return code
+
+
 def doctor(args: argparse.Namespace) -> int:
     """What this machine and this installation have; with --exports, what can be exported to what."""
     from famc.report.doctor import exports, exports_lines, machine, machine_lines
@@ -379,6 +420,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "verify": (verify, "re-hash every artifact"),
     "gc": (gc, "remove artifacts that the spec no longer reaches"),
     "bench": (bench, "speed, memory and size of a variant's exports on this machine"),
+    "try": (try_variant, "ask a built variant: search, rerank, answer, fill a gap"),
     "doctor": (doctor, "what this machine and installation have; what can be exported to what"),
     "schema": (schema, "the JSON Schema of a spec, for editors"),
 }
@@ -395,6 +437,19 @@ def _bench_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--runtime", metavar="NAME", action="append", help="only this one, e.g. llama.cpp; may be repeated"
     )
+
+
+def _try_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("variant", metavar="VARIANT", help="m/instruct, or instruct if one size has it")
+    command.add_argument(
+        "text", metavar="TEXT", nargs="?", help="what to ask (default: a prompt, or each line of stdin)"
+    )
+    command.add_argument("-k", metavar="N", type=int, help="results that are shown (default: 5)")
+    command.add_argument("--by", metavar="HOW", help="search by bm25, embedder or fused, both of them")
+    command.add_argument("--dims", metavar="N", type=int, help="search by the first N numbers of a vector")
+    command.add_argument("--max-new-tokens", metavar="N", type=int, help="of an answer (default: 128)")
+    command.add_argument("--export", metavar="NAME", help="run this export, e.g. onnx-int8, not the weights")
+    command.add_argument("--threads", metavar="N", type=int, default=0, help="default: all cores")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -421,6 +476,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("step", metavar="STEP", help="a step, or a selector")
         if name == "bench":
             _bench_options(command)
+        if name == "try":
+            _try_options(command)
         command.add_argument(
             "--out", metavar="DIR", help="where the store and the release lie (default: generated/<family>)"
         )

@@ -303,17 +303,17 @@ def _plan_step(node: Node, key: str, where: Hardware, status: str, because: tupl
         trainable = lora(node.shape, int(adapters["r"])) if adapters else None
         batch = max(1, round(work.sequences))
         forced = {k: node.runtime[k] for k in ("micro_batch", "recompute") if node.runtime.get(k) is not None}
-        held_context = work.context * (2 if node.kind == "dpo" else 1)  # a pair is two sequences in one pass
+        held_context = work.context * work.rows
         layout, held = choose(
             node.shape, context=held_context, global_batch=batch, device=device, nodes=where.nodes, per_node=where.per_node,
-            trainable_params=trainable, precision=precision, forced=forced,
+            trainable_params=trainable, precision=precision, forced=forced, head=work.head,
         )  # fmt: skip
         used = where.accelerator.with_cores(threads).device if device.kind == "cpu" else device
         estimate = roofline.job(
             node.shape, layout, used, steps=max(1, math.ceil(work.optimizer_steps)), context=work.context,
             per_node=where.per_node, flops=work.flops, trainable_params=trainable,
         )  # fmt: skip
-        return Planned(node, key, status, because, where, layout, held, device.usable, estimate.seconds, estimate.mfu,
+        return Planned(node, key, status, because, where, layout, held, device.usable, estimate.seconds + work.cpu_seconds, estimate.mfu,
                        _weaker(estimate.basis, work.basis), why, threads)  # fmt: skip
     layout = Layout(precision="fp32" if device.kind == "cpu" else precision)
     if work.mode == "infer" and node.shape is not None:

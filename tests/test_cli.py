@@ -43,7 +43,27 @@ def famc(tmp_path, capsys, monkeypatch):
         return {"threads": 1, "prefill": spread, "decode": spread, "first_token": spread, "load_seconds": 0.1,
                 "peak_rss_bytes": 5_000_000}  # fmt: skip
 
+    class Tries:
+        def __init__(self, wanted, tell):
+            self.wanted = wanted
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def ask(self, text):
+            return {
+                "variant": self.wanted.variant,
+                "query": text,
+                "answer": "Four.",
+                "ended": True,
+                "tokens": 2,
+            }
+
     monkeypatch.setattr("famc.run.Execute", Executes)
+    monkeypatch.setattr("famc.attempt.Session", Tries)
     monkeypatch.setattr("famc.bench.subprocess_runner", measures)
 
     def call(command: str, *arguments: str, spec: str = "toy.yaml", edits=(), failing=()):
@@ -66,7 +86,8 @@ def built(tmp_path: Path, *edits) -> Plan:
 
 
 def arguments(command: str) -> list[str]:
-    return {"why": ["s/sft"], "show": ["s/sft"], "bench": ["s/instruct"]}.get(command, [])
+    asked = {"why": ["s/sft"], "show": ["s/sft"], "bench": ["s/instruct"], "try": ["s/instruct", "2 + 2?"]}
+    return asked.get(command, [])
 
 
 # --- what all commands have in common ---------------------------------------------------------------------

@@ -129,7 +129,40 @@ exports:
 backends: {pool: {gpu: h100-80g, per_node: 8, nodes: 4, scheduler: slurm, partition: gpu}}
 release: {to: hf, dry_run: true}
 """
-BASES = {"small": SMALL, "wide": WIDE}
+FINDERS = """\
+famc: 1
+family: {name: finder, seed: 7}
+arch: {type: qwen3, head_dim: 32, vocab_pad: 2048, context: 128}
+sizes:
+  d: {arch: bert, layers: 2, hidden: 64, ffn: 128, heads: 2}
+  q: {layers: 2, hidden: 64, ffn: 128, heads: 2, tie: true}
+tokenizer: {vocab: 2000, train_on: {mix: code, bytes: 1MB}}
+data:
+  sources:
+    code:  {pystdlib: source}
+    pairs: {pystdlib: sentences}
+    names: {pystdlib: names}
+stages:
+  pretrain: {kind: pretrain, data: code, batch_tokens: 1024}
+  emb:   {kind: embed, from: pretrain, data: pairs}
+  coach: {kind: embed, from: pretrain, data: names}
+  rank:  {kind: rerank, from: pretrain, data: pairs}
+  judge: {kind: rerank, from: pretrain, data: names, hard_negatives: null}
+variants:
+  embedding: {stage: emb, eval: find}
+  reranker: {stage: rank, eval: order}
+  embedding2: {stage: coach}
+  reranker2: {stage: judge}
+evals:
+  find: [{task: retrieval, data: names, n: 20}]
+  order: [{task: rerank, data: names, n: 20, top: 10}]
+exports:
+  - {variants: [embedding, reranker], format: onnx, quant: [fp32, int4]}
+gates:
+  - {match: "*/*/export.onnx-*", parity: {ndcg: 0.05}}
+backends: {laptop: {cpu: 2, ram: 8GB}}
+"""
+BASES = {"small": SMALL, "wide": WIDE, "finders": FINDERS}
 
 
 @dataclass(frozen=True)
@@ -155,6 +188,10 @@ def w(sets: str | tuple[str, ...], effect: str, given: str | tuple[str, ...] = (
     return row(sets, effect, "wide", given)
 
 
+def f(sets: str | tuple[str, ...], effect: str, given: str | tuple[str, ...] = ()) -> Row:
+    return row(sets, effect, "finders", given)
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 CARDS = "key */card"
@@ -172,6 +209,7 @@ ROWS: dict[str, Row] = {
     "arch.vocab_pad": row(("arch.vocab_pad=2112", "stages.grown.path=ckpt2"), f"{MODELS} tokenizer"),
     "arch.context": row("arch.context=256", f"{MODELS} */eval.* */parity.* */release"),
     "arch.rope_theta": row("arch.rope_theta=500000", MODELS),
+    "sizes.*.arch": f("sizes.d.arch=modernbert", "key d/*"),
     "sizes.*.layers": row("sizes.s.layers=3", "key s/*"),
     "sizes.*.hidden": row("sizes.s.hidden=128", "key s/*"),
     "sizes.*.ffn": row("sizes.s.ffn=192", "key s/*"),
@@ -199,6 +237,8 @@ ROWS: dict[str, Row] = {
     "data.sources.*.revision": w("data.sources.web.revision=fff9999", "key data/web"),
     "data.sources.*.split": w("data.sources.web.split=test", "key data/web"),
     "data.sources.*.pystdlib": row("data.sources.code.pystdlib=docs", "key data/code"),
+    "data.sources.*.installed": w("data.sources.pairs.installed=[networkx, scikit-learn]", "key data/pairs",
+                                  given="data.sources.pairs={installed: [networkx]}"),
     "data.sources.*.synth": w("data.sources.pairs.synth=arithmetic", "error"),  # of another format than its readers'
     "data.sources.*.n": row("data.sources.qa.n=50", "key data/qa"),
     "data.sources.*.from": w("data.sources.pairs.from=other", "nodes"),
@@ -224,6 +264,7 @@ ROWS: dict[str, Row] = {
     "evals.*.data": row("evals.lm.0.data=code", "key */eval.lm mix/* */parity.*"),
     "evals.*.n": row("evals.lm.0.n=30", "key */eval.lm"),
     "evals.*.max_new_tokens": row("evals.chat.0.max_new_tokens=9", "key */eval.chat"),
+    "evals.*.top": f("evals.order.0.top=20", "key */eval.order"),
     "evals.*.tasks": row("evals.harness.0.tasks=[arc]", "key */eval.harness", given="variants.found.eval=harness"),
     "exports.*.variants": row("exports.0.variants=[base, instruct]", "nodes"),
     "exports.*.sizes": row("exports.0.sizes=[s]", "nodes"),
@@ -249,6 +290,7 @@ ROWS: dict[str, Row] = {
     "gates.*.parity.greedy": row("gates.1.parity.greedy=0.5", "key */gate.onnx-*"),
     "gates.*.parity.cosine": row("gates.1.parity.cosine=0.9", "key */gate.onnx-*"),
     "gates.*.parity.ranking": row("gates.1.parity.ranking=0.9", "key */gate.onnx-*"),
+    "gates.*.parity.ndcg": f("gates.0.parity.ndcg=0.1", "key */gate.onnx-*"),
     "gates.*.max_drop.points": row("gates.1.max_drop.points=3", "key */gate.onnx-*", given="gates.1.max_drop={points: 2}"),
     "gates.*.max_drop.sigma": row("gates.1.max_drop.sigma=3", "key */gate.onnx-*", given="gates.1.max_drop={points: 2}"),
     "gates.*.require": row("gates.2.require={perplexity: {max: 9}}", "key */gate.limits"),
@@ -340,16 +382,23 @@ OWN: dict[str, dict[str, tuple[str, str]]] = {
     "distill": {"teacher": ("base@m", "same"), "mode": ("on_policy", "key"), "loss": ("jsd", "key"),
                 "temperature": ("2.0", "key"), "alpha": ("0.1", "key")},
     "grpo": {"rewards": ("[other]", "key"), "group": ("4", "key")},
-    "embed": {"loss": ("triplet", "error"), "temperature": ("0.1", "key"), "pooling": ("mean", "key"), "mrl": ("[64]", "key"),
-              "hard_negatives.k": ("3", "key"), "hard_negatives.margin": ("0.1", "key"), "merge.method": ("linear", "key"),
-              "merge.last": ("2", "key")},
-    "rerank": {"head": ("classifier", "key"), "objective": ("listwise", "key"), "merge.method": ("linear", "key"),
-               "merge.last": ("2", "key")},
+    "embed": {"loss": ("triplet", "error"), "temperature": ("0.1", "key"), "symmetric": ("false", "key"),
+              "false_negatives": ("null", "key"), "pooling": ("mean", "key"), "bidirectional": ("true", "key"),
+              "mrl": ("[64]", "key"), "cloze": ("2", "key"), "prompts.query": ("'find: '", "key"), "prompts.document": ("'text: '", "key")},
+    "rerank": {"head": ("classifier", "key"), "objective": ("listwise", "key")},
     "vlm": {"tower": ("google/other", "key"), "tower.vit.layers": ("3", "key"), "tower.vit.hidden": ("96", "key"),
             "tower.vit.patch": ("16", "key"), "tower.vit.image": ("64", "key"), "projector": ("linear", "key"),
             "train": ("[projector]", "key")},
 }  # fmt: skip
 OWN["audio"] = OWN["vlm"]
+# of both that read pairs; what is counted in tokens means nothing to them
+PAIRED: dict[str, tuple[str, str]] = {
+    "global_batch": ("64", "key"), "text": ("words", "key"), "merge.method": ("linear", "key"), "merge.last": ("2", "key"),
+    "hard_negatives.k": ("3", "key, and who mines"), "hard_negatives.margin": ("0.1", "who mines"),
+    "tokens": ("5k", "error"), "batch_tokens": ("8192", "error"), "rope_theta": ("777.0", "error"), "lora": ("{r: 4}", "error"),
+}  # fmt: skip
+OWN["embed"] |= PAIRED
+OWN["rerank"] |= PAIRED
 GIVEN = {  # what a nested field needs to stand in
     "lora": "{r: 4}",
     "hard_negatives": "{k: 5}",
@@ -379,12 +428,19 @@ def _stages() -> dict[str, Row]:
         found[f"stages[{kind}].data"] = row(f"{at}.data={data}", "nodes", base)
         for name, (value, effect) in {**SHARED, **OWN[kind]}.items():
             top = name.partition(".")[0]
+            if top != name and OWN[kind].get(top, ("", ""))[1] == "error":  # refused as a whole
+                continue
             given = (f"{at}.{top}={GIVEN[top]}",) if "." in name and top in GIVEN else ()
             if (kind, name) == ("distill", "alpha"):
                 given = (f"{at}.by={{}}",)  # which sets alpha
             found[f"stages[{kind}].{name}"] = row(
                 f"{at}.{name}={value}",
-                {"key": f"key {mine}", "key, and what starts from it": f"key {mine} *"}.get(effect, effect),
+                {
+                    "key": f"key {mine}",
+                    "key, and what starts from it": f"key {mine} *",
+                    "key, and who mines": f"key {mine} */mine/*",
+                    "who mines": "key */mine/*",
+                }.get(effect, effect),
                 base,
                 given,
             )
@@ -392,6 +448,20 @@ def _stages() -> dict[str, Row]:
 
 
 ROWS |= _stages()
+LEXICAL = ("variants.embedding.sizes=[d]", "stages.emb={kind: embed, data: pairs, lexical: {}}")
+ROWS |= {
+    # who else an embedder or reranker learns from, and who finds its negatives
+    "stages[embed].hard_negatives.by": f("stages.emb.hard_negatives.by=coach", "nodes", "stages.emb.hard_negatives={k: 3}"),
+    "stages[embed].teacher": f("stages.emb.teacher=coach", "key */emb */card"),  # whose sources' licences count
+    "stages[embed].alpha": f("stages.emb.alpha=0.9", "key */emb", "stages.emb.teacher=coach"),
+    "stages[embed].lexical.epochs": f("stages.emb.lexical.epochs=2", "key */emb", LEXICAL),
+    "stages[embed].lexical.batch": f("stages.emb.lexical.batch=64", "key */emb", LEXICAL),
+    "stages[embed].lexical.lr": f("stages.emb.lexical.lr=0.1", "key */emb", LEXICAL),
+    "stages[rerank].hard_negatives.by": f("stages.rank.hard_negatives.by=coach", "nodes"),
+    "stages[rerank].loss": f("stages.rank.loss=plistmle", "key */rank", "stages.rank.objective=listwise"),
+    "stages[rerank].teacher": f("stages.rank.teacher=judge@q", "key d/rank",
+                                ("stages.rank.objective=distill", "stages.rank.teacher=judge")),
+}  # fmt: skip
 
 
 # --- the schema ---------------------------------------------------------------------------------------------

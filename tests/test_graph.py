@@ -291,3 +291,13 @@ def test_rehearsal_leaves_what_is_adopted_as_it_is(tmp_path: Path) -> None:
     shape = g.nodes["s/kd"].shape
     assert shape is not None
     assert (shape.vocab, shape.layers) == (1024, 2)
+
+
+def test_rehearsal_makes_small_what_groups_and_sizes_say() -> None:
+    """Nothing of the whole family's values is left where `by` has its own."""
+    text = edit(("tiny: {epochs: 4}", "tiny: {steps: 5000, context: 32, micro_batch: 64}"))
+    for name in ("s/sft", "m/sft", "l/sft"):
+        node = graph(text, smoke=True).nodes[name]
+        assert (node.params["steps"], node.params["context"]) == (3, 64)
+        assert node.params["clip"] == (0.5 if name == "l/sft" else 1.0), "what is no budget stays"
+    assert graph(text).nodes["s/sft"].params["steps"] == 5000

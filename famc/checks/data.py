@@ -12,9 +12,10 @@ from famc.spec.load import Spec
 from famc.spec.text import Path
 from famc.spec.words import Fault, label, word
 from famc.steps.corpus import FILTERS, RECIPES, recipe
+from famc.steps.installed_id import canonical
 from famc.steps.mixes import PYSTDLIB_FORMATS, SYNTH, format_of
 
-ORIGINS = ("path", "hf", "pystdlib", "synth")
+ORIGINS = ("path", "hf", "pystdlib", "installed", "synth")
 
 
 def sources(spec: Spec) -> Iterator[Fault]:
@@ -42,6 +43,7 @@ def sources(spec: Spec) -> Iterator[Fault]:
                 spec, recipe_path, f"{label}: unknown cleaning recipe", source.clean, ("data.clean",), RECIPES
             )
         yield from _only(path, label, source)
+        yield from _packages(path, label, source)
         yield from _generator(spec, path, label, source)
     yield from _circles(family)
 
@@ -65,13 +67,26 @@ def _only(path: Path, label: str, source: Source) -> Iterator[Fault]:
     if source.rate is not None and format_of(source) != "audio_text":
         yield Fault((*path, "rate"), f"{label}: 'rate' is only for audio", "remove it", key=True)
     made = PYSTDLIB_FORMATS.get(source.pystdlib or "") or SYNTH.get(source.synth or "")
+    made = made or ("pairs" if source.installed else None)
     if made and "format" in written and source.format != made:
         what = f"pystdlib {source.pystdlib}" if source.pystdlib else f"synth {source.synth}"
+        what = "installed" if source.installed else what
         yield Fault(
             (*path, "format"),
             f"{label}: {what} is of format '{made}', not '{source.format}'",
             "remove 'format'",
         )
+
+
+def _packages(path: Path, label: str, source: Source) -> Iterator[Fault]:
+    """A package that is named twice. One that is not installed is no fault: the spec may be for another machine."""
+    first: dict[str, int] = {}
+    written = source.installed or ()
+    for index, name in enumerate(written):
+        other = first.setdefault(canonical(name), index)
+        if other != index:
+            what = "is there twice" if written[other] == name else f"is package '{written[other]}' again"
+            yield Fault((*path, "installed", index), f"{label}.installed: '{name}' {what}", "remove it")
 
 
 def _generator(spec: Spec, path: Path, label: str, source: Source) -> Iterator[Fault]:

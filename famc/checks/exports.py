@@ -21,6 +21,8 @@ from famc.steps import exports as exporting
 from famc.steps.mixes import format_of
 
 BUILTIN_TARGETS = ("cpu", "cuda")
+# what only a language model's export obeys; of block_size and algorithm, see _unobeyed
+TEXT_ONLY = ("lm_head", "embeddings", "calibrate", "mixed")
 
 
 def exports(spec: Spec) -> Iterator[Fault]:
@@ -40,7 +42,8 @@ def exports(spec: Spec) -> Iterator[Fault]:
                 spec, (*path, "variants", position), f"{label}: no variant is called", variant, ("variants",)
             )
         yield from size_names(spec, export.sizes, (*path, "sizes"), f"{label}.sizes")
-        yield from _options(path, label, export)
+        uses = {task for size in family.sizes_of(export.sizes) for task in _uses(spec, export, size).values()}
+        yield from _options(path, label, export, text=not uses or exporting.TEXT in uses)
         yield from _calibration(spec, export, path, label)
         for target in export.target:
             yield from unknown(
@@ -87,7 +90,8 @@ def _way(export: Export) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _options(path: Path, label: str, export: Export) -> Iterator[Fault]:
+def _options(path: Path, label: str, export: Export, *, text: bool) -> Iterator[Fault]:
+    """Words that the format has. `text`: whether some variant is a language model; see _unobeyed for the others."""
     fmt, made = export.format, exporting.quants(export)
     calibrated = fmt in exporting.CALIBRATED_FORMATS
     if fmt in ("gptq", "awq", "fp8") and export.quant:
@@ -118,7 +122,7 @@ def _options(path: Path, label: str, export: Export) -> Iterator[Fault]:
     for field, (fits, where) in allowed.items():
         if field in export.model_fields_set and not fits:
             yield Fault((*path, field), f"{label}: '{field}' is for {where}", "remove it", key=True)
-    yield from _algorithm(path, label, export, int4, calibrated)
+    yield from _algorithm(path, label, export, int4, calibrated, text)
     if export.block_size is not None and export.block_size & (export.block_size - 1):
         hint = "onnxruntime and vLLM take 16, 32, 64, 128 and 256"
         yield Fault(
@@ -126,19 +130,21 @@ def _options(path: Path, label: str, export: Export) -> Iterator[Fault]:
         )
 
 
-def _algorithm(path: Path, label: str, export: Export, int4: bool, calibrated: bool) -> Iterator[Fault]:
+def _algorithm(
+    path: Path, label: str, export: Export, int4: bool, calibrated: bool, text: bool
+) -> Iterator[Fault]:
     """What an algorithm needs, and what it can't have."""
     looks: str | None = export.format if calibrated else "mixed" if export.mixed is not None else None
     looks = str(export.algorithm) if export.algorithm in exporting.CALIBRATED else looks
-    if looks is not None and export.calibrate is None:
+    if looks is not None and export.calibrate is None and text:
         hint = "for example calibrate: {data: SOURCE, n: 128}"
         yield Fault(path, f"{label}: '{looks}' needs 'calibrate'", hint)
     if export.algorithm in exporting.ASYMMETRIC and export.symmetric:
-        hint = "leave symmetric out, or take rtn, gptq or awq"
+        hint = f"leave symmetric out, or take rtn{', gptq or awq' if text else ''}"
         message = f"{label}: {export.algorithm} searches for zero points, so it can't be symmetric"
         yield Fault((*path, "symmetric"), message, hint)
     data_free = export.algorithm is not None and export.algorithm not in exporting.CALIBRATED
-    if int4 and export.calibrate is not None and data_free and export.mixed is None:
+    if int4 and export.calibrate is not None and data_free and text and export.mixed is None:
         hint = "take gptq or awq, or set 'mixed'"
         message = f"{label}: {export.algorithm} looks at no data"
         yield Fault((*path, "calibrate"), message, hint, key=True)
@@ -160,7 +166,7 @@ def targets(spec: Spec) -> Iterator[Fault]:
             for quant in exporting.quants(export):
                 if quant not in exporting.known_quants(export.format):
                     continue  # told above
-                refused = [t for t in _tasks_of(spec, export, size)
+                refused = [t for t in sorted(set(_uses(spec, export, size).values()))
                            if exporting.capability(shape.arch, t, export.format, quant) is None]  # fmt: skip
                 for task in refused:
                     if (index, quant, shape.arch, task) not in told:
@@ -171,6 +177,7 @@ def targets(spec: Spec) -> Iterator[Fault]:
                         yield Fault(("exports", index, "format"), f"exports.{index}: {what}", hint)
                 if refused:
                     continue
+                yield from _unobeyed(spec, index, export, size, told)
                 block, inputs = export.block_size, (shape.hidden, shape.ffn, shape.heads * shape.head_dim)
                 short = [width for width in inputs if block and width % block]
                 if export.format in exporting.CALIBRATED_FORMATS and short and (index, "block") not in told:
@@ -185,12 +192,33 @@ def targets(spec: Spec) -> Iterator[Fault]:
                         yield from _fits(spec, index, size, shape, export.format, quant, name, target)
 
 
-def _tasks_of(spec: Spec, export: Export, size: str) -> list[str]:
-    """What an export's variants are for at a size, as far as their stages are known."""
-    family = spec.family
-    stages = [family.stage_of(v, size) for v in export.variants if v in family.variants]
-    kinds = [family.stages[stage].kind for stage in stages if stage in family.stages]
-    return sorted({exporting.task_of(kind) for kind in kinds})
+def _unobeyed(spec: Spec, index: int, export: Export, size: str, told: set[object]) -> Iterator[Fault]:
+    """Options that the export of a variant which is no language model would not obey."""
+    for variant, task in _uses(spec, export, size).items():
+        if task == exporting.TEXT:
+            continue
+        whose = f"{size}/{variant} is for {task}"
+        alone = "remove it" if len(export.variants) == 1 else f"remove it, or export {variant} on its own"
+        int4 = export.format == "onnx" and "int4" in exporting.quants(export)
+        for field in (*TEXT_ONLY, *(() if int4 else ("block_size",))):
+            if field in export.model_fields_set and (index, field) not in told:
+                told.add((index, field))
+                what = "onnx int4, and language models" if field == "block_size" else "language models"
+                message = f"exports.{index}: '{field}' is for {what}; {whose}"
+                yield Fault(("exports", index, field), message, alone, key=True)
+        if export.algorithm in exporting.CALIBRATED and (index, "algorithm") not in told:
+            told.add((index, "algorithm"))
+            message = f"exports.{index}: {export.algorithm} looks at data, as only language models' exports do; {whose}"
+            yield Fault(("exports", index, "algorithm"), message, "take k_quant, rtn or hqq")
+
+
+def _uses(spec: Spec, export: Export, size: str) -> dict[str, str]:
+    """What each of an export's variants is for at a size, as far as their stages are known."""
+    family, shape = spec.family, safe_shape(spec, size)
+    arch = shape.arch if shape else ""
+    stages = {v: family.stage_of(v, size) for v in export.variants if v in family.variants}
+    kinds = {v: family.stages[stage].kind for v, stage in stages.items() if stage in family.stages and stage}
+    return {variant: exporting.task_of(kind, arch) for variant, kind in kinds.items()}
 
 
 def _fits(

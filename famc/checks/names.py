@@ -159,6 +159,31 @@ class Names:
         assert isinstance(result, StageSpec)
         return result
 
+    def miner(self, stage: StageSpec, size: str) -> tuple[str, str] | None:
+        """(size, stage) of the embedder that mines a stage's negatives at a size; None where BM25 does it alone.
+
+        What `by` says; else an embedder's own parent if that is one, and for a reranker the family's embedder: the one
+        at its size, or at the first size that has one.
+        """
+        wanted = getattr(stage, "hard_negatives", None)
+        if wanted is None or wanted.by == "bm25":
+            return None
+        if wanted.by is not None:
+            return self.target(wanted.by, size)
+        if stage.kind == "embed":
+            parent = self.target(stage.from_, size) if stage.from_ else None
+            return parent if parent and self.family.stages[parent[1]].kind == "embed" else None
+        return self.embedder(size)
+
+    def embedder(self, size: str) -> tuple[str, str] | None:
+        """(size, stage) of the embedder that the family publishes at a size, or else at its first size."""
+        for at in (size, *self.family.sizes):
+            for name in self.family.variants:
+                stage = self.family.stage_of(name, at)
+                if stage in self.family.stages and stage and self.family.stages[stage].kind == "embed":
+                    return at, stage
+        return None
+
     def lineage(self, stage: str) -> list[str]:
         """A stage and what it starts from, nearest first, at its own size."""
         chain: list[str] = []
@@ -269,7 +294,10 @@ class Names:
                     if data is not None:
                         _, mix, fmt = self.mix_of(ancestor, data)
                         if fmt == wanted:
-                            return next(iter(mix.weights)).partition(".")[0] if mix.weights else None
+                            # what a model of the family writes can't be kept out of what that model learns from
+                            own = [name.partition(".")[0] for name in mix.weights]
+                            sources = self.family.data.sources
+                            return next((n for n in own if n not in sources or not sources[n].by), None)
         return None
 
     def template(self) -> tuple[str | None, tuple[str, ...]]:

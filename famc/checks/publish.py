@@ -66,10 +66,12 @@ def evals(spec: Spec) -> Iterator[Fault]:
             path: Path = ("evals", suite, index)
             if task.task == "lm_eval" and not task.tasks:
                 yield Fault(path, f"evals.{suite}: task 'lm_eval' needs 'tasks'", "for example [arc_easy]")
-            if task.task != "lm_eval" and task.tasks:
-                yield Fault(
-                    (*path, "tasks"), f"evals.{suite}: 'tasks' is only for lm_eval", "remove it", key=True
-                )
+            if task.task == "mteb" and bool(task.tasks) == bool(task.data):
+                message = f"evals.{suite}: task 'mteb' reads 'tasks' by name, or the pairs of 'data'"
+                yield Fault(path, message, "give one of them")
+            if task.task not in ("lm_eval", "mteb") and task.tasks:
+                message = f"evals.{suite}: 'tasks' is only for lm_eval and mteb"
+                yield Fault((*path, "tasks"), message, "remove it", key=True)
             if task.data is None:
                 continue
             at: Path = (*path, "data")
@@ -77,7 +79,7 @@ def evals(spec: Spec) -> Iterator[Fault]:
             source = family.data.sources.get(task.data)
             if source is None or spec.touched("data", "sources", task.data):
                 continue
-            wanted = others.FORMATS.get(task.task)
+            wanted = "pairs" if task.task == "mteb" else others.FORMATS.get(task.task)
             if wanted is None:
                 yield Fault(
                     at, f"evals.{suite}: '{task.task}' brings its own data", "remove 'data'", key=True
@@ -156,12 +158,17 @@ def conditions(gate: Gate) -> list[str]:
 
 
 def _metric(spec: Spec, gate: Gate, path: Path, label: str, metric: str, *, key: bool) -> Iterator[Fault]:
-    """A metric that nothing measures, or that the gate's suite does not. lm_eval's names are its harness's own."""
+    """A metric that nothing measures, or that the gate's suite does not. Harnesses bring names of their own."""
     suites = _suites(spec, gate)
     tasks = {task for suite in suites for task in _tasks(spec, suite)}
-    if "lm_eval" in tasks:
+    if {"lm_eval", "mteb"} & tasks:
         return
     known = {name for task in tasks for name in others.METRICS.get(task, ())}
+    metric, _, source = metric.partition(
+        "."
+    )  # a suite's second task of a kind is called by its source as well
+    if source:
+        yield from unknown(spec, path, f"{label}: no source is called", source, ("data.sources",), key=key)
     if metric not in others.HIGHER_IS_BETTER:
         hint = did_you_mean(metric[:200], others.HIGHER_IS_BETTER)
         yield Fault(path, f"{label}: unknown metric '{metric[:64]}'", hint, key=key)

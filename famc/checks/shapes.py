@@ -11,7 +11,7 @@ from famc.errors import did_you_mean
 from famc.spec.load import Spec
 from famc.spec.words import Fault
 from famc.steps.mixes import format_of
-from famc.steps.shapes import shape_of
+from famc.steps.shapes import WrongField, shape_of
 
 CHAT = {"sft", "dpo", "grpo"}
 RESERVED = (
@@ -40,7 +40,11 @@ def sizes(spec: Spec) -> Iterator[Fault]:
             shape_of(family, name)
         except ValueError as error:
             text, _, hint = str(error).partition("; ")
-            if text.startswith(("unknown architecture", "architecture")):
+            if isinstance(error, WrongField):
+                path = ("sizes", name, error.field)
+                yield Fault(path, f"sizes.{name}.{error.field}: {text}", hint)
+                continue
+            if text.startswith("unknown architecture"):
                 yield Fault(("arch", "type"), f"arch.type: {text}", hint)
                 break
             if text.startswith("head_dim") and family.arch.head_dim:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from famc.cost import flops, roofline
 from famc.cost.device import Device
-from famc.cost.parameters import attention, feed_forward, layer
-from famc.cost.shape import Shape
+from famc.cost.parameters import around, blocks, matrices
+from famc.cost.shape import DECODERS, ENCODERS, Shape
 
 # --- how weights are stored -------------------------------------------------------------------------------
 
@@ -97,25 +97,30 @@ def weight_bytes(shape: Shape, how: Stored) -> float:
     """Bytes of weights that one token reads: the blocks (of a mixture, the router and the active experts),
     the norms in fp32, the head, and a single row of the embedding table.
     """
-    matrices = attention(shape) + feed_forward(shape, active=True)
-    norms = shape.layers * (layer(shape, active=True) - matrices) + shape.hidden
     head = shape.vocab * shape.hidden
-    return (shape.layers * matrices * how.body + 32 * norms + head * how.head + shape.hidden * how.table) / 8
+    return (_body_bits(shape, how, active=True) + head * how.head + shape.hidden * how.table) / 8
 
 
 def file_bytes(shape: Shape, how: Stored) -> float:
     """Bytes of an export's weights: all experts of a mixture, and the whole table unless it is the head's own."""
-    matrices = attention(shape) + feed_forward(shape, active=False)
-    norms = shape.layers * (layer(shape, active=False) - matrices) + shape.hidden
     rows = shape.vocab * shape.hidden
     table = 0.0 if shape.tie else rows * how.table
-    return (shape.layers * matrices * how.body + 32 * norms + rows * how.head + table) / 8
+    return (_body_bits(shape, how, active=False) + rows * how.head + table) / 8
+
+
+def _body_bits(shape: Shape, how: Stored, *, active: bool) -> float:
+    """Bits of all but the tables of tokens: matrices as `how` says; norms, biases and positions in fp32."""
+    inside = matrices(shape, active=active)
+    return inside * how.body + 32 * (blocks(shape, active=active) + around(shape) - inside)
 
 
 def cache_bytes(shape: Shape, how: Stored, position: float) -> float:
     """Bytes of the key-value cache that the token at `position` moves: it reads the keys and values of all
-    before it and writes its own: 2 x layers x kv_heads x head_dim each.
+    before it and writes its own: 2 x layers x kv_heads x head_dim each. T5's decoder keeps as much of every
+    token of its input; an encoder keeps nothing.
     """
+    if shape.arch in ENCODERS:
+        return 0.0
     return 2.0 * shape.layers * shape.kv_heads * shape.head_dim * how.cache * (position + 1)
 
 
@@ -196,6 +201,7 @@ def predict(
 
     Decode: bytes at the middle of the answer / (bandwidth x share) + layers x start-up. Prefill: the larger
     of FLOPs / (peak x share) and reading the weights once, + start-up; width and rows count as in training.
+    An encoder puts out every position, and has no second token: its `decode` is the rate of texts of one token.
     """
     known = efficiency(runtime, quant)
     start = shape.layers * known.layer
@@ -206,9 +212,9 @@ def predict(
     half = roofline.HALF_WIDTH[device.kind]
     wide = shape.hidden / (shape.hidden + half.get(precision, half[""]))
     rows = prompt / (prompt + roofline.HALF_ROWS[device.kind])
-    unused = 0 if runtime in HEAD_OF_ALL else prompt - 1
+    unused = 0 if runtime in HEAD_OF_ALL or shape.arch not in DECODERS else prompt - 1
     first = roofline.step_seconds(
-        flops.forward(shape, prompt, prompt) - 2.0 * unused * shape.vocab * shape.hidden,
+        flops.forward(shape, prompt, prompt) - flops.head(shape, unused),
         weight_bytes(shape, how),
         device.peak(precision),
         device.bandwidth * known.share,

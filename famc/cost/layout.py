@@ -83,6 +83,7 @@ def choose(
     trainable_params: int | None = None,
     precision: str = "bf16",
     forced: Mapping[str, int | str] | None = None,
+    head: bool = True,
 ) -> tuple[Layout, Memory]:
     """The layout of a training step of `global_batch` sequences of `context` tokens, and its memory.
 
@@ -97,7 +98,9 @@ def choose(
             raise ValueError(f"layout has no settable {key!r}: choose from {', '.join(FORCEABLE)}")
     if global_batch < 1:
         raise ValueError(f"the global batch is {global_batch}: it needs at least one sequence")
-    return _choose(shape, context, global_batch, device, nodes, per_node, trainable_params, precision, pairs)
+    return _choose(
+        shape, context, global_batch, device, nodes, per_node, trainable_params, precision, pairs, head
+    )
 
 
 @lru_cache(maxsize=16384)
@@ -111,6 +114,7 @@ def _choose(
     trainable: int | None,
     precision: str,
     pairs: Forced,
+    head: bool,
 ) -> tuple[Layout, Memory]:
     device.peak(precision)  # raises where the device lacks the precision
     forced = dict(pairs)
@@ -122,7 +126,9 @@ def _choose(
     for layout in _spreads(shape, context, batch, nodes, per_node, precision, forced):
         for micro in _micro_batches(batch // layout.data, context, device.kind, forced):
             tried = replace(layout, micro_batch=micro, grad_accum=batch // layout.data // micro)
-            held = memory.training(shape, tried, context, trainable_params=trainable, kind=device.kind)
+            held = memory.training(
+                shape, tried, context, trainable_params=trainable, kind=device.kind, head=head
+            )
             if held.total <= limit:
                 why = _why(shape, tried, held, device, batch, nodes, per_node, trainable, forced)
                 return replace(tried, why=why), held

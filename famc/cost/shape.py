@@ -1,15 +1,26 @@
-"""The dimensions of a decoder: published ones, and ones found for a parameter count."""
+"""The dimensions of a model: published ones, and ones found for a parameter count."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-ARCHS = ("qwen3", "qwen3_moe", "llama")
-"""HF `model_type`s whose parameters famc can count. A new one: here and in `parameters.layer`."""
+DECODERS = ("qwen3", "qwen3_moe", "llama")
+"""Read left to right, and write what follows."""
+ENCODERS = ("bert", "modernbert")
+"""Read a text in both directions; pretrained to fill in masked tokens, so they carry that head."""
+ENCODER_DECODERS = ("t5",)
+"""Read a text in both directions, and write another one; as many blocks in the decoder as in the encoder."""
+ARCHS = (*DECODERS, *ENCODERS, *ENCODER_DECODERS)
+"""HF `model_type`s whose parameters famc can count. A new one: here and in `parameters.count`."""
+
+ROTARY = (*DECODERS, "modernbert")
+"""The others learn positions (bert: a row for each of `context`) or a bias for each distance (t5)."""
+MODERNBERT_THETA = 160000.0
+"""Rotary base of ModernBERT's global layers; its local ones keep 10,000 (transformers' defaults)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +40,11 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One decoder. Fields are Hugging Face config values under short names."""
+    """One model. Fields are Hugging Face config values under short names.
+
+    `layers` of t5 stand in the encoder, and as many in the decoder. `ffn` is the width between the matrices:
+    half of what ModernBERT's `Wi` puts out, which is gate and value. `context` of bert counts parameters.
+    """
 
     arch: str
     vocab: int
@@ -52,8 +67,15 @@ class Shape:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.arch in ROTARY:
             raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even number")
+        if self.arch not in DECODERS:
+            if self.kv_heads != self.heads:
+                raise ValueError(f"{self.arch} has a key/value head for each of its {self.heads} heads")
+            if not self.tie:
+                raise ValueError(f"{self.arch} shares the embedding with its output head")
+        if self.arch in ENCODERS and self.heads * self.head_dim != self.hidden:
+            raise ValueError(f"{self.arch}'s {self.heads} heads must share hidden {self.hidden} evenly")
         if (self.moe is not None) != (self.arch == "qwen3_moe"):
             raise ValueError(f"{self.arch} {'takes no' if self.moe else 'needs'} experts")
 
@@ -69,6 +91,18 @@ def _llama3(layers: int, hidden: int, ffn: int, heads: int, head_dim: int, tie: 
     return Shape("llama", 128256, layers, hidden, ffn, heads, 8, head_dim, tie, 131072, 5e5)
 
 
+def _encoder(
+    arch: str, vocab: int, layers: int, hidden: int, ffn: int, context: int, theta: float = 10000.0
+) -> Shape:
+    return Shape(arch, vocab, layers, hidden, ffn, hidden // 64, hidden // 64, 64, True, context, theta)
+
+
+def _t5(layers: int, hidden: int, ffn: int, heads: int) -> Shape:
+    return Shape("t5", 32128, layers, hidden, ffn, heads, heads, 64, True, 512)
+
+
+# The config.json of google-bert/bert-{base,large}-uncased, answerdotai/ModernBERT-{base,large} and
+# google/t5-v1_1-{small,base,large}; the head of T5 v1.1 was untied, which transformers 5 no longer builds.
 # The config.json of Qwen/Qwen3-* and meta-llama/Llama-3.2-{1B,3B}, Llama-3.1-{8B,70B}. Llama 3.1/3.2 also
 # scale RoPE (`rope_type: llama3`), which changes no count and is not part of a Shape.
 PRESETS: dict[str, Shape] = {
@@ -84,6 +118,13 @@ PRESETS: dict[str, Shape] = {
     "llama3-3b": _llama3(28, 3072, 8192, 24, 128, True),
     "llama3-8b": _llama3(32, 4096, 14336, 32, 128, False),
     "llama3-70b": _llama3(80, 8192, 28672, 64, 128, False),
+    "bert-base": _encoder("bert", 30522, 12, 768, 3072, 512),
+    "bert-large": _encoder("bert", 30522, 24, 1024, 4096, 512),
+    "modernbert-base": _encoder("modernbert", 50368, 22, 768, 1152, 8192, MODERNBERT_THETA),
+    "modernbert-large": _encoder("modernbert", 50368, 28, 1024, 2624, 8192, MODERNBERT_THETA),
+    "t5-small": _t5(8, 512, 1024, 6),
+    "t5-base": _t5(12, 768, 2048, 12),
+    "t5-large": _t5(24, 1024, 2816, 16),
 }
 
 # Width over depth (hidden / layers) by total parameters: the Qwen3 and Llama 3 ladder; below 0.6 B the shapes
@@ -101,6 +142,9 @@ _ASPECT = (
     (7e10, 8192 / 80),
     (4e11, 16384 / 126),
 )
+# Of encoders: width over depth, and ffn over hidden, of the presets above.
+_ENCODER_ASPECT = {"bert": 55.0, "modernbert": 36.0, "t5": 58.0}
+_ENCODER_FFN = {"bert": 4.0, "modernbert": 2.0, "t5": 2.5}
 _TIED_BELOW = 5e9  # Qwen3 ties up to 4B, Llama 3.2 up to 3B
 _FFN_RATIO = (1.5, 5.0)  # accepted ffn / hidden; the target is 3 (Qwen3-0.6b, 1.7b, 8b)
 _TOLERANCE = 0.02
@@ -116,7 +160,7 @@ def solve(
     context: int = 4096,
 ) -> Shape:
     """Dimensions whose exact count lies within 2 % (nearly always 1 %) of `params`, shaped like published
-    families.
+    models of the architecture.
 
     Every hidden size and a few depths around the family's aspect ratio are tried; ffn takes up what is left
     and is rounded to a multiple of 64 (32 or 8 in tiny models). The winner is nearest to ffn = 3 x hidden and
@@ -132,14 +176,16 @@ def solve(
         raise ValueError(
             f"{params:,} parameters: famc finds dimensions for 1M to 500B; give the dimensions instead"
         )
-    tied = params < _TIED_BELOW if tie is None else tie
-    wish = head_dim or (128 if params >= 4e8 else 64 if params >= 4e6 else 32)
+    decoder = arch in DECODERS
+    tied = (params < _TIED_BELOW or not decoder) if tie is None else tie
+    wish = head_dim or (128 if params >= 4e8 and decoder else 64 if params >= 4e6 else 32)
     theta = (
         10000.0 if context <= 8192 else 5e5 if arch == "llama" else 1e6
     )  # base raised for long context, as published
+    candidates = _candidates if decoder else _encoder_candidates
     for dim in (wish,) if head_dim else tuple(d for d in (128, 64, 32, 16) if d <= wish):
         best: tuple[float, Shape] | None = None
-        for score, shape in _candidates(arch, params, vocab, tied, dim, context, theta):
+        for score, shape in candidates(arch, params, vocab, tied, dim, context, theta):
             if best is not None and score >= best[0]:
                 continue
             error = abs(count(shape).total / params - 1)
@@ -179,6 +225,30 @@ def _candidates(
             uneven = 0.1 * (layers % 2)  # an even depth divides into pipeline stages
             score = abs(math.log(hidden / layers / aspect)) + abs(math.log(ffn / (3 * hidden))) + odd + uneven
             yield score, Shape(arch, vocab, layers, hidden, ffn, heads, kv, dim, tie, context, theta)
+
+
+def _encoder_candidates(
+    arch: str, params: int, vocab: int, tie: bool, dim: int, context: int, theta: float
+) -> Iterator[tuple[float, Shape]]:
+    """As `_candidates`, for encoders and T5; their count is a straight line in ffn, so two of them give it."""
+    from famc.cost.parameters import count
+
+    aspect, ratio = _ENCODER_ASPECT[arch], _ENCODER_FFN[arch]
+    theta = MODERNBERT_THETA if arch == "modernbert" else 10000.0
+    for hidden in range(dim, 32768 + 1, dim):
+        if vocab * hidden >= params:
+            return
+        grain = 64 if hidden >= 256 else 32 if hidden >= 128 else 8
+        heads, middle = hidden // dim, hidden / aspect
+        for layers in range(max(2, int(middle / 1.6)), min(int(middle * 1.6) + 2, 160)):
+            least = Shape(arch, vocab, layers, hidden, grain, heads, heads, dim, tie, context, theta)
+            first, second = count(least).total, count(replace(least, ffn=2 * grain)).total
+            ffn = round(1 + (params - first) / (second - first)) * grain
+            if not 0.5 * ratio * hidden <= ffn <= 1.6 * ratio * hidden:
+                continue
+            uneven = 0.1 * (layers % 2)
+            score = abs(math.log(hidden / layers / aspect)) + abs(math.log(ffn / (ratio * hidden))) + uneven
+            yield score, replace(least, ffn=ffn)
 
 
 def _interpolate(table: tuple[tuple[float, float], ...], x: float) -> float:

@@ -9,6 +9,10 @@ from famc.graph.trained import Trained
 from famc.spec.family import Export
 from famc.steps import exports as exporting
 from famc.steps import others
+from famc.steps.mixes import format_of
+
+# of embedders and rerankers: the evaluation whose pairs parity reads, and how many passages of them
+PAIRS = {exporting.VECTORS: ("retrieval", 400), exporting.RANKING: ("rerank", 128)}
 
 
 class Exported(Trained):
@@ -22,11 +26,11 @@ class Exported(Trained):
         """
         made = []
         model = self.model(variant, size)
-        task = exporting.task_of(self.nodes[model].kind)
         shape, parameters = self.shapes[size], self.params[size]
+        task = exporting.task_of(self.nodes[model].kind, shape.arch)
         for quant in exporting.quants(export):
             label = f"{export.format}-{quant}"
-            params = {"task": task, **exporting.export_params(export, quant, shape)}
+            params = {"task": task, **exporting.export_params(export, quant, shape, task)}
             if export.format == "gguf":  # the file says what it is called
                 params["name"] = self.repo(size, variant, "").rpartition("/")[2]
             inputs = {"model": model}
@@ -54,30 +58,59 @@ class Exported(Trained):
 
     def parity(self, size: str, variant: str, export: Node, label: str) -> str:
         inputs = {"model": export.inputs["model"], "export": export.name, "tokenizer": self.tokenizer()}
+        task = export.params["task"]
         params: dict[str, Any] = {
-            "format": export.params["format"], "task": export.params["task"], "context": min(self.shapes[size].context, 512), "texts": 24,
+            "format": export.params["format"], "task": task, "context": min(self.shapes[size].context, 512), "texts": 24,
             "prompts": 8, "max_new_tokens": 24,
         }  # fmt: skip
-        for role, task in (("text", "bits_per_byte"), ("chat", "answers")):
-            data = next(
-                (
-                    d
-                    for suite in self.names.suites
-                    for d in [self.names.default_data(suite, task)]
-                    if d is not None
-                ),
-                None,
-            )
-            if data:
-                inputs[f"{role}.{data}"] = self.data(data)
+        if task in PAIRS and (pairs := self.pairs_of(export.inputs["model"], PAIRS[task][0])):
+            inputs[f"pairs.{pairs}"] = self.data(pairs)
+            params["pairs"] = PAIRS[task][1]
+        else:
+            inputs |= self.held_out()
         if self.spec.smoke:
             params |= {"texts": 4, "prompts": 2, "max_new_tokens": 4}
+            params |= {"pairs": 16} if "pairs" in params else {}
         shape = self.shapes[size]
         node = Node(
             f"{size}/{variant}/parity.{label}", "parity", size, variant, params, inputs=inputs, shape=shape,
             work=others.parity_work(shape), missing=export.missing,
         )  # fmt: skip
         return self.add(node)
+
+    def held_out(self) -> dict[str, str]:
+        """Text and conversations that evaluations read, by role."""
+        found: dict[str, str] = {}
+        for role, task in (("text", "bits_per_byte"), ("chat", "answers")):
+            data = self.default_data(task)
+            if data:
+                found[f"{role}.{data}"] = self.data(data)
+        return found
+
+    def default_data(self, task: str) -> str | None:
+        """The source that the first suite with such a task reads; else what such a task of some suite would read."""
+
+        def measured(suite: str) -> bool:
+            declared = self.family.evals.get(suite)
+            return task in (others.SUITES.get(suite, ()) if declared is None else (t.task for t in declared))
+
+        suites = sorted(self.names.suites, key=lambda suite: not measured(suite))
+        found = (self.names.default_data(suite, task) for suite in suites)
+        return next((data for data in found if data is not None), None)
+
+    def pairs_of(self, model: str, task: str) -> str | None:
+        """A source of pairs: what evaluations read; else the first that the model learnt from; else any."""
+        if (data := self.default_data(task)) is not None:
+            return data
+        pairs = [n for n, source in self.family.data.sources.items() if format_of(source) == "pairs"]
+        todo, above = [model], set()
+        while todo:
+            name = todo.pop()
+            if name not in above:
+                above.add(name)
+                todo += self.nodes[name].inputs.values()
+        learnt = [name for name in pairs if f"data/{name}" in above]
+        return next(iter([*learnt, *pairs]), None)
 
     def repo(self, size: str, variant: str, suffix: str) -> str:
         """What a released folder is called; a format's suffix stands at {-export}, or at the end."""

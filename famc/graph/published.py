@@ -12,7 +12,7 @@ from famc.checks.publish import gate_means
 from famc.errors import Problem, did_you_mean
 from famc.graph.exported import Exported
 from famc.graph.node import Node
-from famc.spec.family import EvalTask, Gate
+from famc.spec.family import EvalTask, Gate, Parity
 from famc.spec.load import Spec
 from famc.steps import STAGES, others
 from famc.steps import exports as exporting
@@ -86,6 +86,8 @@ class Published(Exported):
         for task in tasks:
             if task["data"]:
                 inputs[f"data.{task['data']}"] = self.data(task["data"])
+            if task["task"] == "rerank" and (embedder := self.names.embedder(size)):
+                inputs["retriever"] = self.stage(*embedder)
         shape = self.shapes[size]
         return self.add(
             Node(
@@ -127,6 +129,7 @@ class Published(Exported):
                     "n": task.n or others.EVAL_EXAMPLES.get(task.task),
                     "max_new_tokens": task.max_new_tokens,
                     "tasks": list(task.tasks),
+                    **({"top": task.top} if task.task == "rerank" else {}),
                 }
             )
         return tasks, tuple(missing)
@@ -149,11 +152,13 @@ class Published(Exported):
         for index, gate in enumerate(self.family.gates):
             for export, parity, label in exports:
                 if (gate.parity or gate.max_drop) and fnmatch.fnmatchcase(export, gate.match):
+                    fitted = self.fitted(gate, label, export, parity)
+                    if fitted is None:
+                        continue
                     self.gated.add(index)
                     if parity:
-                        made.append(
-                            self.gate(size, variant, f"gate.{gate.name or label}", gate, {"parity": parity})
-                        )
+                        name = f"gate.{gate.name or label}"
+                        made.append(self.gate(size, variant, name, fitted, {"parity": parity}))
                         gated.add(export)
         for export, parity, label in exports:
             if parity and export not in gated:
@@ -162,11 +167,33 @@ class Published(Exported):
                         size,
                         variant,
                         f"gate.{label}",
-                        default_gate(label, self.nodes[export].params["task"]),
+                        self.default_gate(label, export, parity),
                         {"parity": parity},
                     )
                 )
         return made
+
+    def fitted(self, gate: Gate, label: str, export: str, parity: str) -> Gate | None:
+        """A gate as far as it can be measured of an export: one glob may mean a chat model's and an embedder's. Where
+        something can't, famc's own limits stand in; None if nothing can."""
+        task = self.nodes[export].params["task"]
+        if task == exporting.TEXT:
+            return gate
+        asked = gate.parity.model_dump(exclude_none=True) if gate.parity else {}
+        kept = {name: limit for name, limit in asked.items() if name in exporting.PARITY.get(task, asked)}
+        if not kept:
+            return None
+        if kept == asked and gate.max_drop is None:
+            return gate
+        own = self.default_gate(label, export, parity).parity
+        assert own is not None
+        whole = own.model_dump(exclude_none=True) | kept
+        return gate.model_copy(update={"parity": Parity.model_validate(whole), "max_drop": None})
+
+    def default_gate(self, label: str, export: str, parity: str) -> Gate:
+        """What an export of which the spec says nothing must satisfy."""
+        pairs = bool(parity) and "pairs" in self.nodes[parity].params
+        return default_gate(label, self.nodes[export].params["task"], pairs)
 
     def gate_inputs(self, gate: Gate, size: str, variant: str) -> dict[str, str] | None:
         suite = gate.suite or gate.monotonic or self.family.variants[variant].eval
@@ -314,16 +341,32 @@ def gate_name(gate: Gate) -> str:
     return "limits"
 
 
-def default_gate(label: str, task: str) -> Gate:
+def default_gate(label: str, task: str, pairs: bool = False) -> Gate:
     """What every export must satisfy when the spec says nothing: the same ids and template, and nearly the
     same model.
+
+    `pairs`: whether the parity check reads held-out pairs. Embedders, rerankers and masked LMs have no template.
     """
-    same: dict[str, Any] = {"tokenizer": "exact", "template": "exact"}
+    same: dict[str, Any] = {"tokenizer": "exact"}
     if task in (exporting.VECTORS, exporting.RANKING):
-        near = {"ranking": 0.9} | ({"cosine": 0.99} if task == exporting.VECTORS else {})
-    else:
-        near = {"kl": {"onnx-fp32": 1e-4, "safetensors-fp32": 1e-6}.get(label, 0.05)}
+        cosine, ranking, drop = ENCODER_LIMITS.get(label, ENCODER_LIMITS["onnx-int8"])
+        near = {"ranking": ranking} | ({"cosine": cosine} if task == exporting.VECTORS else {})
+        near |= {"ndcg": drop} if pairs else {}
+        return Gate.model_validate({"match": "*", "parity": same | near})
+    if task == exporting.TEXT:
+        same |= {"template": "exact"}
+    near = {"kl": {"onnx-fp32": 1e-4, "safetensors-fp32": 1e-6}.get(label, 0.05)}
     return Gate.model_validate({"match": "*", "parity": same | near})
+
+
+# cosine and Kendall's tau at least, relative drop of nDCG@10 at most
+ENCODER_LIMITS = {
+    "safetensors-fp32": (0.999, 0.99, 0.001),
+    "onnx-fp32": (0.999, 0.99, 0.001),
+    "safetensors-bf16": (0.99, 0.9, 0.02),
+    "onnx-int8": (0.98, 0.85, 0.05),
+    "onnx-int4": (0.95, 0.75, 0.05),
+}
 
 
 def unmatched(spec: Spec, nodes: Mapping[str, Node], gated: set[int]) -> list[Problem]:
@@ -331,11 +374,11 @@ def unmatched(spec: Spec, nodes: Mapping[str, Node], gated: set[int]) -> list[Pr
     problems = []
     for index, gate in enumerate(spec.family.gates):
         if index not in gated:
-            what = (
-                f"'{gate.beats}' is made at none of its sizes"
-                if gate.beats
-                else "it has no two sizes to compare"
-            )
+            what = "it has no two sizes to compare"
+            if gate.beats:
+                what = f"'{gate.beats}' is made at none of its sizes"
+            if gate.parity or gate.max_drop:
+                what = "none of its limits is measured of the exports that it matches"
             message = f"gates.{index}: '{gate.match}' compares nothing: {what}"
             problems.append(spec.problem(("gates", index, "match"), message))
     for pattern in spec.family.place:

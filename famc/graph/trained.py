@@ -17,7 +17,9 @@ from famc.steps.adopt import Adopt
 from famc.steps.base import RUNTIME, Amount, Resolved, Setting, Training
 from famc.steps.corpus import amount as corpus_amount
 from famc.steps.corpus import work as corpus_work
+from famc.steps.mine import mine_params, mine_work
 from famc.steps.mixes import Wanted, mix_amount, mix_params, source_params
+from famc.steps.retrieval import Contrastive, HardNegatives
 from famc.steps.shapes import shape_of, shape_values
 from famc.steps.trained import train_work
 
@@ -76,6 +78,8 @@ class Trained:
         teacher_shape = (
             self.shapes[self.nodes[inputs["teacher"]].size or size] if teacher is not None else None
         )
+        if isinstance(spec, Contrastive) and spec.hard_negatives:
+            inputs["negatives"] = self.mine(size, spec, spec.hard_negatives, inputs, data)
         if id(spec) not in self.given:  # one object a stage and set of overrides: it lives as long as this
             self.given[id(spec)] = spec.written(origins.get)
         given = self.given[id(spec)]
@@ -93,6 +97,28 @@ class Trained:
             shape=shape, work=work, missing=self.not_ready(spec.kind, values),
         )  # fmt: skip
         return self.add(node)
+
+    def mine(
+        self, size: str, stage: Contrastive, wanted: HardNegatives, inputs: Mapping[str, str], data: Amount
+    ) -> str:
+        """The node that mines a stage's negatives: one for all that ask for the same."""
+        embedder = self.names.miner(stage, size)
+        made = {"data": inputs["data"], "tokenizer": inputs["tokenizer"]}
+        shape = None
+        if embedder is not None:
+            at, name = embedder
+            made["model"] = self.stage(at, name)
+            shape = self.shapes[at]
+        params = mine_params(wanted.model_dump(), embedder is not None, self.family.family.seed)
+        by = "bm25" if embedder is None else f"{embedder[1]}" if embedder[0] == size else "-".join(embedder)
+        base = address = f"{size}/mine/{inputs['data'].partition('/')[2]}.{by}"
+        copy = 2
+        while address in self.nodes and (
+            self.nodes[address].params != params or self.nodes[address].inputs != made
+        ):
+            address, copy = f"{base}-{copy}", copy + 1
+        work = mine_work(shape, data)
+        return self.add(Node(address, "mine", size, None, params, inputs=made, shape=shape, work=work))
 
     def stage_at(self, size: str, stage: str) -> tuple[StageSpec, dict[str, str]]:
         """A stage with the overrides of the size's groups, backend and own name laid over it; who wrote each

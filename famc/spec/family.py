@@ -37,17 +37,24 @@ class About(Strict):
 
 
 class Arch(Strict):
-    """The architecture that all sizes share."""
+    """The architecture that sizes share, unless they name another."""
 
-    type: str = Field(description="Hugging Face model_type: qwen3, qwen3_moe, llama")
+    type: str = Field(description="Hugging Face model_type: qwen3, qwen3_moe, llama; bert, modernbert; t5")
     head_dim: int | None = Field(
-        None, ge=2, le=1024, description="width of one attention head; default hidden / heads"
+        None,
+        ge=2,
+        le=1024,
+        description="width of one attention head; default, and always in bert and modernbert, hidden / heads",
     )
     vocab_pad: int | None = Field(
         None, ge=1, le=2**24, description="rows of the embedding: one for the whole family"
     )
     context: int = Field(2048, ge=8, le=2**24, description="positions at pretraining")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
+    rope_theta: float | None = Field(
+        None,
+        gt=0,
+        description="base of the rotary position embedding; default 10000, in modernbert's global layers 160000",
+    )
 
 
 class MoeSize(Strict):
@@ -61,14 +68,30 @@ class MoeSize(Strict):
 class Size(Strict):
     """One shape: explicit dimensions, or a preset, or a parameter count that famc solves."""
 
-    layers: int | None = Field(None, ge=1, le=4096, description="transformer blocks")
+    arch: str | None = Field(
+        None, description="another architecture for this size: bert, modernbert, t5; default: arch.type"
+    )
+    layers: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="transformer blocks; of t5 in the encoder, and as many in the decoder",
+    )
     hidden: int | None = Field(None, ge=8, le=2**20, description="hidden_size")
-    ffn: int | None = Field(None, ge=8, le=2**22, description="intermediate_size of the dense feed-forward")
+    ffn: int | None = Field(
+        None, ge=8, le=2**22, description="intermediate_size of the dense feed-forward (d_ff of t5)"
+    )
     heads: int | None = Field(None, ge=1, le=4096, description="attention heads")
     kv_heads: int | None = Field(
-        None, ge=1, le=4096, description="key/value heads; default: as many as heads"
+        None,
+        ge=1,
+        le=4096,
+        description="key/value heads; default, and always outside decoders, as many as heads",
     )
-    tie: bool | None = Field(None, description="share the embedding with the output head; default false")
+    tie: bool | None = Field(
+        None,
+        description="share the embedding with the output head; default false; bert, modernbert, t5: always",
+    )
     moe: MoeSize | None = Field(None, description="experts instead of a dense feed-forward (arch qwen3_moe)")
     preset: str | None = Field(None, description="a published shape, e.g. qwen3-0.6b")
     params: Count | None = Field(
@@ -103,7 +126,7 @@ class HeldOut(Strict):
 
 
 class Source(Strict):
-    """Where text comes from. One of path, hf, pystdlib, synth."""
+    """Where text comes from. One of path, hf, pystdlib, installed, synth."""
 
     path: str | None = Field(
         None, description="file, folder or glob: jsonl(.gz), parquet, arrow, txt, md, py"
@@ -113,8 +136,18 @@ class Source(Strict):
         None, description="commit of the hub dataset: pinned, so that data can't move"
     )
     split: str = Field("train", description="split of the hub dataset")
-    pystdlib: Literal["source", "docs", "questions", "preferences"] | None = Field(
-        None, description="the interpreter's own standard library"
+    pystdlib: (
+        Literal["source", "docs", "questions", "preferences", "sentences", "names", "summaries"] | None
+    ) = Field(
+        None,
+        description="the interpreter's own standard library: text (source, docs), conversations (questions, "
+        "summaries), preferences, or pairs of query and docstring (sentences, names)",
+    )
+    installed: tuple[Name, ...] | None = Field(
+        None,
+        min_length=1,
+        description="docstrings of installed Python packages, as pairs: dotted name and docstring, first "
+        "sentence and the rest; packages as pip calls them: [torch, scikit-learn]",
     )
     synth: str | None = Field(None, description="a generator: arithmetic, retrieval_pairs, …")
     n: Count | None = Field(None, ge=1, description="examples that a generator makes, or at most reads")
@@ -185,13 +218,20 @@ class Variant(Strict):
 class EvalTask(Strict):
     """One measurement of a suite."""
 
-    task: Literal["bits_per_byte", "answers", "preference", "lm_eval"] = Field(description="what is measured")
+    task: Literal[
+        "bits_per_byte", "answers", "preference", "lm_eval", "fill_mask", "retrieval", "rerank", "mteb"
+    ] = Field(description="what is measured")
     data: str | None = Field(
         None, description="source whose held-out part is used; default: what the variant trained on"
     )
     n: int | None = Field(None, ge=1, le=10**7, description="examples at most")
     max_new_tokens: int = Field(64, ge=1, le=32768, description="tokens that a generated answer may have")
-    tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness task names (task: lm_eval)")
+    top: int = Field(
+        50, ge=1, le=10_000, description="rerank: passages of the first stage that are read again"
+    )
+    tasks: tuple[str, ...] = Field(
+        (), description="names of tasks: of lm-evaluation-harness (lm_eval), or of MTEB (mteb)"
+    )
 
 
 class Calibrate(Strict):
@@ -258,6 +298,9 @@ class Parity(Strict):
         ge=-1,
         le=1,
         description="embedders, rerankers: Kendall's tau of rankings to the source's, at least",
+    )
+    ndcg: float | None = Field(
+        None, ge=0, description="embedders, rerankers: relative drop of nDCG@10, at most (0.02 = 2 %)"
     )
 
 

@@ -138,7 +138,9 @@ def drafts(
 
 def rehearsal(spec: Spec, kinds: Kinds) -> Spec:
     """A sound spec -> the same graph with small numbers (`--smoke`). `full` keeps the family as it was."""
-    document = replace(spec.document, data=copy.deepcopy(spec.document.data))
+    # digests of files hold for both; stages with their overrides are the whole family's
+    kept = {name: found for name, found in spec.document.memo.items() if name != "stages"}
+    document = replace(spec.document, data=copy.deepcopy(spec.document.data), memo=kept)
     origins = dict(spec.origins)
     for path, value in shrink(spec.family):
         _put(document.data, path, value)

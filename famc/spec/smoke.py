@@ -7,15 +7,16 @@ checkpoint the shape of its sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from famc.spec.family import Family
+from famc.spec.family import Family, Size
 
 Path = tuple[str | int, ...]
 CONTEXT = 64
 VOCAB = 768
 TOKENS = 8_000
+WIDTH = 64
 EPOCHS = 1000.0  # the samples are so small that they must repeat
 
 
@@ -31,12 +32,7 @@ def shrink(family: Family) -> Iterator[tuple[Path, Any]]:
     for name, size in family.sizes.items():
         if adopted:
             break
-        moe = size.moe is not None or "-a" in (size.preset or "") or family.arch.type.endswith("_moe")
-        small: dict[str, Any] = {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": 1, "tie": True}
-        yield (
-            ("sizes", name),
-            small | ({"moe": {"experts": 4, "active": 2, "ffn": 64}} if moe else {"ffn": 128}),
-        )
+        yield ("sizes", name), _size(family, size)
     if family.tokenizer.train_on is not None:
         yield ("tokenizer", "train_on", "bytes"), 300_000
     for name in family.data.sources:
@@ -54,16 +50,41 @@ def shrink(family: Family) -> Iterator[tuple[Path, Any]]:
             yield ("evals", name, index, "max_new_tokens"), 4
 
 
+def _size(family: Family, size: Size) -> dict[str, Any]:
+    """Two blocks of the size's own architecture."""
+    arch = size.arch or family.arch.type
+    small: dict[str, Any] = {"arch": size.arch} if size.arch else {}
+    small |= {"layers": 2, "hidden": WIDTH, "heads": 2}
+    if arch in ("bert", "modernbert", "t5"):  # always as many key/value heads as heads, always tied
+        return small | {"ffn": 128}
+    small |= {"kv_heads": 1, "tie": True}
+    moe = size.moe is not None or "-a" in (size.preset or "") or arch.endswith("_moe")
+    return small | ({"moe": {"experts": 4, "active": 2, "ffn": 64}} if moe else {"ffn": 128})
+
+
+def _retrieval(path: Path, said: Callable[[str], Any]) -> Iterator[tuple[Path, Any]]:
+    """What embedders and rerankers say, of a stage or of its values for a group."""
+    if said("mrl"):  # prefixes of the small models' vectors
+        yield (*path, "mrl"), [WIDTH // 2]
+    if said("lexical") is not None:
+        yield (*path, "lexical"), {"epochs": 1.0, "batch": 16}
+    if said("hard_negatives") is not None:
+        yield (*path, "hard_negatives", "k"), 2
+
+
 def _stage(path: Path, stage: Any) -> Iterator[tuple[Path, Any]]:
     yield (*path, "steps"), 3
     yield (*path, "context"), CONTEXT
-    batch = {"global_batch": 4} if stage.kind == "dpo" else {"batch_tokens": 8 * CONTEXT}
+    batch = {"global_batch": 4} if hasattr(stage, "global_batch") else {"batch_tokens": 8 * CONTEXT}
     for key, value in batch.items():
         yield (*path, key), value
     fixed = {"steps", "tokens", "epochs", "context", "micro_batch", "checkpoint_steps", *batch}
     for group, values in stage.by.items():
         for key in sorted(fixed & set(values)):
             yield (*path, "by", group, key), dict(steps=3, context=CONTEXT, **batch).get(key, 1)
+    yield from _retrieval(path, lambda field: getattr(stage, field, None))
+    for group, values in stage.by.items():
+        yield from _retrieval((*path, "by", group), values.get)
     if not isinstance(stage.data, str | None):
         if stage.data.tokens is not None:
             yield (*path, "data", "tokens"), TOKENS

@@ -169,6 +169,10 @@ def _tell(prefix: Path, path: Path, item: ErrorDetails, owner: type[BaseModel], 
         return Fault(full, f"{name}: more items than the {context['max_length']} that belong here")
     if kind == "value_error":
         return Fault(full, f"{name}: {context['error']}")
+    if kind == "none_required":  # what other kinds may say; the field says why this one may not
+        about = owner.model_fields.get(str(full[-1]))
+        why, _, hint = (about.description or "" if about else "").partition(": ")
+        return Fault(full, f"{name}: {why}", hint, key=True)
     return Fault(full, f"{name}: {_short(value)} can't stand here")
 
 

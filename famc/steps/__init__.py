@@ -1,6 +1,7 @@
 """LIGHT side of every kind of step: its parameters, what it reads, how much work it is. No torch.
 
-base.py: what stages share, and the defaults an expert would choose. One file a stage: adopt, pretrain, sft, dpo, distill;
+base.py: what stages share, and the defaults an expert would choose. One file a stage: adopt, pretrain, sft, dpo, distill,
+embed, rerank (retrieval.py: what these two share; mine.py: the negatives that they ask for);
 later.py: kinds that can be planned but not run yet. corpus.py: sources and filters. others.py: tokenizer, mix, export,
 parity, eval, gate, card, release. The table below is the whole registry: a new kind is one file here, one in famc/work, one line.
 """
@@ -14,8 +15,10 @@ from famc.spec.family import StageSpec
 from famc.steps.adopt import Adopt
 from famc.steps.distill import Distill
 from famc.steps.dpo import Dpo
+from famc.steps.embed import Embed
 from famc.steps.later import LATER
 from famc.steps.pretrain import Pretrain
+from famc.steps.rerank import Rerank
 from famc.steps.sft import Sft
 
 
@@ -38,6 +41,9 @@ KINDS: dict[str, Kind] = {
     "sft": Kind(1, "sft", Sft, "supervised fine-tuning on conversations"),
     "dpo": Kind(1, "dpo", Dpo, "direct preference optimisation"),
     "distill": Kind(1, "distill", Distill, "a size learns from another"),
+    "mine": Kind(1, "mine", None, "hard negatives for a mix of pairs"),
+    "embed": Kind(1, "embed", Embed, "an embedder: contrastive, by sentence-transformers"),
+    "rerank": Kind(1, "rerank", Rerank, "a cross-encoder: how well a passage answers a query"),
     **{name: Kind(1, None, model, (model.__doc__ or "").strip()) for name, model in LATER.items()},
     "export": Kind(2, "export", None, "a variant in another format"),
     "parity": Kind(1, "parity", None, "an export, reloaded and compared with its source"),

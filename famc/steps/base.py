@@ -41,6 +41,8 @@ class Work:
     optimizer_steps: float = 0.0
     sequences: float = 1.0  # global batch, in sequences
     context: int = 0
+    rows: int = 1  # that each of the sequences has in a pass: a preference pair is two
+    head: bool = True  # whether training makes logits over the vocabulary
     cpu_seconds: float = 1.0
     basis: Literal["measured", "modelled", "assumed"] = "modelled"
 

@@ -1,6 +1,6 @@
 """`corpus`: a source becomes clean documents, split once into train and held-out.
 
-In: files, a hub dataset, the standard library, or a generator (and what it starts from). Out:
+In: files, a hub dataset, the standard library, installed packages, or a generator (and what it starts from). Out:
 `train.parquet`, `heldout.parquet`, `stats.json` with documents and bytes in, out and dropped by each
 filter. Identity: the files' content, the recipe with every parameter, the split, the seed.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from famc.steps.base import Amount, Work
+from famc.steps.installed_id import python_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,13 @@ _PYSTDLIB = {
     "docs": (1.8e6, 396),
     "questions": (0.73e6, 5650),
     "preferences": (0.8e6, 4250),
+    "sentences": (0.94e6, 2200),
+    "names": (1.19e6, 4240),
+    "summaries": (0.92e6, 2100),
 }
+# Of torch, transformers, scipy, scikit-learn, pandas, numpy, networkx and sympy: pairs a kB of Python source
+# (0.2 to 0.8) and characters a pair; of a package that is not installed, its source.
+_PAIRS_A_BYTE, _CHARACTERS_A_PAIR, _PACKAGE_BYTES = 0.44e-3, 820.0, 10e6
 _CHARACTERS_A_TOKEN = 3.5
 _HUB = {
     "text": 1e9,
@@ -154,6 +161,12 @@ def amount(params: Mapping[str, Any]) -> Amount:
         params["format"], 256.0
     )
     share = 1.0 - params["heldout"]["fraction"]
+    if params["origin"] == "installed":
+        sizes = [python_bytes(package) for package in params["installed"]]
+        there = sum(size or _PACKAGE_BYTES for size in sizes) * _PAIRS_A_BYTE
+        pairs = min(there, params.get("n") or there) * share
+        tokens = pairs * _CHARACTERS_A_PAIR / _CHARACTERS_A_TOKEN
+        return Amount(tokens, pairs, "modelled" if all(sizes) else "assumed")
     if params.get("n"):
         return Amount(params["n"] * tokens_each * share, params["n"] * share, "modelled")
     if params["origin"] == "pystdlib":

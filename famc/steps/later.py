@@ -22,47 +22,12 @@ _FINETUNE: dict[str, Default] = {
 }
 
 
-class Merge(Strict):
-    """Average of the last checkpoints."""
-
-    method: Literal["slerp", "linear"] = Field("slerp", description="how weights are averaged")
-    last: int = Field(4, ge=2, le=64, description="checkpoints")
-
-
-class HardNegatives(Strict):
-    """Mined negatives."""
-
-    k: int = Field(7, ge=1, le=1000, description="negatives a query")
-    margin: float = Field(0.0, ge=0, le=2, description="must score so much below the positive")
-
-
 class Grpo(Training):
     """Group relative policy optimisation (arXiv 2402.03300)."""
 
     DEFAULTS: ClassVar[Mapping[str, Default]] = _FINETUNE
     rewards: tuple[str, ...] = Field(min_length=1, description="rewards by name")
     group: int = Field(8, ge=2, le=1024, description="answers a prompt")
-
-
-class Embed(Training):
-    """Contrastive text embeddings."""
-
-    DEFAULTS: ClassVar[Mapping[str, Default]] = _FINETUNE
-    loss: Literal["infonce"] = Field("infonce", description="contrastive loss")
-    temperature: float = Field(0.05, gt=0, le=10, description="of the similarities")
-    pooling: Literal["last", "mean", "cls"] = Field("last", description="token(s) that become the vector")
-    mrl: tuple[int, ...] = Field((), description="Matryoshka dimensions")
-    hard_negatives: HardNegatives | None = Field(None, description="mined negatives")
-    merge: Merge | None = Field(None, description="average of the last checkpoints")
-
-
-class Rerank(Training):
-    """Cross-encoder."""
-
-    DEFAULTS: ClassVar[Mapping[str, Default]] = _FINETUNE
-    head: Literal["yes_no", "classifier"] = Field("yes_no", description="how the score is read")
-    objective: Literal["pointwise", "pairwise", "listwise"] = Field("pointwise", description="loss")
-    merge: Merge | None = Field(None, description="average of the last checkpoints")
 
 
 class Vit(Strict):
@@ -97,8 +62,6 @@ class Audio(Vlm):
 
 LATER: Mapping[str, type[Training]] = {
     "grpo": Grpo,
-    "embed": Embed,
-    "rerank": Rerank,
     "vlm": Vlm,
     "audio": Audio,
 }

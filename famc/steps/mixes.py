@@ -2,12 +2,13 @@
 source is.
 
 In: clean sources, the tokenizer for text. Out, text: `tokens.npy` (one flat stream, documents ended by
-<|endoftext|>); messages and preferences: `examples.parquet`. Both with `stats.json`. Identity: weights,
+<|endoftext|>); messages, preferences and pairs: `examples.parquet`. Both with `stats.json`. Identity: weights,
 tokens, epochs cap, seed, what is decontaminated against and how.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,21 @@ from famc.spec.load import Spec
 from famc.steps.base import Amount
 from famc.steps.corpus import FILTERS, RECIPES, recipe
 from famc.steps.files import Files
+from famc.steps.installed_id import absent, canonical, license_of, version
 from famc.steps.pystdlib_id import fingerprint
 
 # Generators. None has a worker yet: they are planned, and refused by `famc build` before anything starts.
 # Generator -> format.
 SYNTH = {"arithmetic": "prompts", "retrieval_pairs": "pairs", "shapes_vqa": "image_text"}
-PYSTDLIB_FORMATS = {"source": "text", "docs": "text", "questions": "messages", "preferences": "preference"}
+PYSTDLIB_FORMATS = {
+    "source": "text",
+    "docs": "text",
+    "questions": "messages",
+    "preferences": "preference",
+    "sentences": "pairs",
+    "names": "pairs",
+    "summaries": "messages",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,8 @@ def format_of(source: Source) -> str:
     """What one record of a source holds."""
     if source.pystdlib:
         return PYSTDLIB_FORMATS[source.pystdlib]
+    if source.installed:
+        return "pairs"
     return SYNTH.get(source.synth, source.format) if source.synth else source.format
 
 
@@ -85,6 +97,15 @@ def source_params(
             "interpreter": fingerprint(),
             "license": "PSF-2.0",
         }
+    elif source.installed:
+        packages = sorted(map(canonical, source.installed))
+        params |= {
+            "origin": "installed",
+            "installed": {package: version(package) for package in packages},
+            "interpreter": f"{sys.version_info.major}.{sys.version_info.minor}",  # whose syntax can be read
+            "license": license_of(packages),
+        }
+        missing += filter(None, map(absent, packages))
     else:
         params |= {"origin": "synth", "synth": source.synth, "keep": source.keep}
         missing.append(
@@ -115,7 +136,7 @@ def mix_params(spec: Spec, mix: Mix, fmt: str, wanted: Wanted) -> tuple[dict[str
         missing.append(
             "mixing by length (lengths) can be planned, but this version of famc has no worker for it"
         )
-    if fmt not in ("text", "messages", "preference"):
+    if fmt not in ("text", "messages", "preference", "pairs"):
         missing.append(
             f"data of format '{fmt}' can be planned, but this version of famc has no worker for it"
         )

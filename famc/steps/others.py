@@ -20,7 +20,7 @@ SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|mask|>",
     "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>",
-    "<tool_call>", "</tool_call>",
+    "<tool_call>", "</tool_call>", "<|yes|>", "<|no|>",
 )  # fmt: skip
 
 # ChatML. The generation marks tell training which tokens are the assistant's; <|im_end|> is among them: EOS is learnt.
@@ -58,27 +58,65 @@ SUITES: dict[str, tuple[str, ...]] = {
     "rerank": ("rerank",),
     "vqa": ("vqa",),
     "asr": ("asr",),
+    "fill_mask": ("fill_mask",),
 }
-TASKS_READY = frozenset({"bits_per_byte", "answers", "preference", "lm_eval"})
+TASKS_READY = frozenset(
+    {"bits_per_byte", "answers", "preference", "lm_eval", "fill_mask", "retrieval", "rerank", "mteb"}
+)
 # what a task measures: the metric that gates compare first, and whether more is better
 MAIN_METRIC = {
     "bits_per_byte": "bits_per_byte",
     "answers": "answer_loss",
     "preference": "preference_accuracy",
+    "fill_mask": "masked_loss",
+    "retrieval": "ndcg@10",
+    "rerank": "ndcg@10",
 }
 HIGHER_IS_BETTER = {
     "bits_per_byte": False, "perplexity": False, "answer_loss": False, "token_accuracy": True, "chrf": True,
     "exact_match": True, "preference_accuracy": True, "preference_accuracy_implicit": True, "ended": True,
+    "masked_loss": False, "masked_accuracy": True,
+    "ndcg@10": True, "mrr@10": True, "recall@10": True, "recall@100": True, "bm25_ndcg@10": True, "over_bm25": True,
+    "fused_ndcg@10": True, "fused_over_bm25": True, "fused_over_embedder": True, "mrl_kept": True,
+    "retriever_ndcg@10": True, "retriever_recall": True, "over_retriever": True,
 }  # fmt: skip
 # all that a task measures; lm_eval measures what its harness names
 METRICS = {
     "bits_per_byte": ("bits_per_byte", "perplexity"),
     "answers": ("answer_loss", "token_accuracy", "chrf", "exact_match", "ended"),
     "preference": ("preference_accuracy", "preference_accuracy_implicit"),
+    "fill_mask": ("masked_loss", "masked_accuracy"),
+    "retrieval": (
+        "ndcg@10",
+        "mrr@10",
+        "recall@10",
+        "recall@100",
+        "bm25_ndcg@10",
+        "over_bm25",
+        "fused_ndcg@10",
+        "fused_over_bm25",
+        "fused_over_embedder",
+        "mrl_kept",
+    ),
+    "rerank": (
+        "ndcg@10",
+        "mrr@10",
+        "retriever_ndcg@10",
+        "retriever_recall",
+        "bm25_ndcg@10",
+        "over_retriever",
+        "over_bm25",
+    ),
 }
 # examples that an evaluation reads unless told otherwise, and tokens of one
-EVAL_EXAMPLES = {"bits_per_byte": 400, "answers": 100, "preference": 200}
-FORMATS = {"bits_per_byte": "text", "answers": "messages", "preference": "preference"}
+EVAL_EXAMPLES = {
+    "bits_per_byte": 400, "answers": 100, "preference": 200, "fill_mask": 400, "retrieval": 2000, "rerank": 500,
+}  # fmt: skip
+FORMATS = {
+    "bits_per_byte": "text", "answers": "messages", "preference": "preference", "fill_mask": "text",
+    "retrieval": "pairs", "rerank": "pairs",
+}  # fmt: skip
+RERANKED = 50  # passages of the first stage that a reranker reads for a query
 
 
 def eval_work(shape: Shape, tasks: list[Mapping[str, Any]]) -> Work:
@@ -86,7 +124,11 @@ def eval_work(shape: Shape, tasks: list[Mapping[str, Any]]) -> Work:
     tokens = 0.0
     for task in tasks:
         examples = task.get("n") or EVAL_EXAMPLES.get(task["task"], 500)
-        tokens += examples * 256 + (examples * task["max_new_tokens"] if task["task"] == "answers" else 0)
+        tokens += examples * 256
+        if task["task"] == "answers":
+            tokens += examples * task["max_new_tokens"]
+        if task["task"] == "rerank":  # every query with each of its candidates
+            tokens += examples * (task.get("top") or RERANKED) * min(shape.context, 256)
     return Work(
         "infer",
         tokens=tokens,

@@ -1,6 +1,7 @@
 """A size as written -> its Shape: explicit dimensions, a preset, or dimensions solved for a parameter count.
 
-Raises ValueError with a sentence that the spec's checks show beside the size.
+A size may have another architecture than its family. Tokenizer, vocabulary and positions are the family's.
+Raises ValueError with a sentence that the spec's checks show beside the size; WrongField names the field too.
 """
 
 from __future__ import annotations
@@ -10,11 +11,29 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from famc.cost.shape import ARCHS, PRESETS, Moe, Shape, solve
+from famc.cost.shape import (
+    ARCHS,
+    DECODERS,
+    ENCODERS,
+    MODERNBERT_THETA,
+    PRESETS,
+    ROTARY,
+    Moe,
+    Shape,
+    solve,
+)
 from famc.errors import did_you_mean
 from famc.spec.family import Arch, Family, Size
 
-ENCODERS = ("bert", "modernbert", "t5")  # they come with the retrieval line
+ROPE_THETA = 10000.0  # of decoders, unless the spec says otherwise
+
+
+class WrongField(ValueError):
+    """What is wrong with one field of a size."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def vocab_rows(family: Family) -> int:
@@ -33,10 +52,24 @@ def shape_of(family: Family, size: str) -> Shape:
 
 @lru_cache(maxsize=4096)
 def _shape(arch: Arch, size: Size, vocab: int) -> Shape:
-    if arch.type in ENCODERS:
-        raise ValueError(f"architecture '{arch.type}' is not supported yet: use one of {', '.join(ARCHS)}")
     if arch.type not in ARCHS:
         raise ValueError(f"unknown architecture '{arch.type}'; {did_you_mean(arch.type, ARCHS)}")
+    if size.arch is not None and size.arch not in ARCHS:
+        raise WrongField("arch", f"unknown architecture '{size.arch}'; {did_you_mean(size.arch, ARCHS)}")
+    kind = size.arch or arch.type
+    if kind not in DECODERS:
+        _bounds(kind, size)
+    shape = _dimensions(arch, kind, size, vocab)
+    if kind in ENCODERS and size.arch is None and arch.head_dim not in (None, shape.head_dim):
+        # a decoder family's head_dim is not meant for its encoders; an encoder family's own must be true
+        whose = f"heads of {kind} are hidden / heads wide, here {shape.head_dim}"
+        raise ValueError(f"head_dim is {arch.head_dim}: {whose}")
+    return shape
+
+
+def _dimensions(arch: Arch, kind: str, size: Size, vocab: int) -> Shape:
+    """Written out, of a preset, or solved."""
+    theta = _rope_theta(arch, kind)
     explicit = {"layers": size.layers, "hidden": size.hidden, "heads": size.heads}
     ways = [
         name
@@ -56,27 +89,32 @@ def _shape(arch: Arch, size: Size, vocab: int) -> Shape:
         if size.preset not in PRESETS:
             raise ValueError(f"unknown preset '{size.preset}'; {did_you_mean(size.preset, PRESETS)}")
         published = PRESETS[size.preset]
-        if published.arch.removesuffix("_moe") != arch.type.removesuffix("_moe"):
-            raise ValueError(f"preset '{size.preset}' is {published.arch}, the family is {arch.type}")
-        return replace(published, vocab=vocab, context=arch.context, rope_theta=arch.rope_theta)
+        if published.arch.removesuffix("_moe") != kind.removesuffix("_moe"):
+            whose = "the size" if size.arch else "the family"
+            cure = f"; write arch: {published.arch} beside it" if published.arch not in DECODERS else ""
+            raise ValueError(f"preset '{size.preset}' is {published.arch}, {whose} is {kind}{cure}")
+        return replace(published, vocab=vocab, context=arch.context, rope_theta=theta)
     if size.params:
-        found = solve(arch.type, size.params, vocab, size.tie, arch.head_dim, arch.context)
-        return replace(found, rope_theta=arch.rope_theta)
+        heads = None if kind in ENCODERS and size.arch else arch.head_dim
+        found = solve(kind, size.params, vocab, size.tie, heads, arch.context)
+        return replace(found, rope_theta=theta)
     missing = [name for name, value in explicit.items() if value is None]
     if missing:
         raise ValueError(f"needs {' and '.join(missing)} as well")
     assert size.layers and size.hidden and size.heads  # the line above
     if size.ffn is None and size.moe is None:
         raise ValueError("needs ffn (or moe)")
-    if arch.head_dim is None and size.hidden % size.heads:
-        raise ValueError(
-            f"hidden {size.hidden} does not divide into {size.heads} heads: set arch.head_dim, or choose other numbers"
-        )
+    free = arch.head_dim is not None and kind not in ENCODERS  # heads may be as wide as one likes
+    if not free and size.hidden % size.heads:
+        cure = "choose other numbers" if kind in ENCODERS else "set arch.head_dim, or choose other numbers"
+        raise ValueError(f"hidden {size.hidden} does not divide into {size.heads} heads: {cure}")
     if size.moe and size.moe.active > size.moe.experts:
         raise ValueError(f"{size.moe.active} active experts of {size.moe.experts}")
-    kind = arch.type
     if size.moe and kind == "qwen3":
         kind = "qwen3_moe"  # one family may have dense and sparse sizes, as Qwen3 has
+    head_dim = (arch.head_dim if free else None) or size.hidden // size.heads
+    if kind == "modernbert" and head_dim % 2:
+        raise ValueError(f"heads of {head_dim} (hidden / heads): rotary positions need an even number")
     return Shape(
         arch=kind,
         vocab=vocab,
@@ -85,12 +123,30 @@ def _shape(arch: Arch, size: Size, vocab: int) -> Shape:
         ffn=size.ffn or size.moe.ffn * size.moe.active if size.moe else size.ffn or 0,
         heads=size.heads,
         kv_heads=size.kv_heads or size.heads,
-        head_dim=arch.head_dim or size.hidden // size.heads,
-        tie=bool(size.tie),
+        head_dim=head_dim,
+        tie=bool(size.tie) or kind not in DECODERS,
         context=arch.context,
-        rope_theta=arch.rope_theta,
+        rope_theta=theta,
         moe=Moe(size.moe.experts, size.moe.active, size.moe.ffn) if size.moe else None,
     )
+
+
+def _bounds(kind: str, size: Size) -> None:
+    """What no encoder, and no T5, can have."""
+    if size.moe is not None:
+        raise WrongField("moe", f"{kind} takes no experts")
+    if size.kv_heads is not None and size.kv_heads != size.heads:
+        raise WrongField("kv_heads", f"{kind} has a key/value head for each head; leave kv_heads out")
+    if size.tie is False:
+        # BertForMaskedLM would keep a bias that nothing reads; T5Config of transformers 5 ties whatever it is told
+        raise WrongField("tie", f"{kind} shares the embedding with its output head; leave tie out")
+
+
+def _rope_theta(arch: Arch, kind: str) -> float:
+    """The rotary base of an architecture: the family's is of its own sizes, not of ModernBERT's among decoders."""
+    if kind == "modernbert":
+        return (arch.rope_theta if arch.type == kind else None) or MODERNBERT_THETA
+    return ROPE_THETA if kind not in ROTARY or arch.rope_theta is None else arch.rope_theta
 
 
 def shape_values(

@@ -14,7 +14,9 @@ from famc.cost.shape import Shape
 from famc.steps.base import Amount, Training, Work
 from famc.steps.distill import Distill
 from famc.steps.dpo import Dpo
+from famc.steps.embed import Embed
 from famc.steps.later import Grpo
+from famc.steps.retrieval import Contrastive
 
 
 def train_work(
@@ -33,8 +35,11 @@ def train_work(
         total += 3.0 * flops.forward(shape, tokens, context)
     if isinstance(stage, Distill) and teacher is not None:
         total += flops.forward(teacher, tokens, context)
+    if isinstance(stage, Contrastive) and teacher is not None:
+        total += flops.forward(teacher, tokens, context)
     sequences = float(values.get("global_batch") or max(1, values["batch_tokens"] // context))
+    rows = 2 if isinstance(stage, Dpo) else stage.rows_a_query() if isinstance(stage, Contrastive) else 1
     return Work(
-        "train", tokens=tokens, flops=total, optimizer_steps=steps, sequences=sequences, context=context,
-        cpu_seconds=0.0, basis=data.basis if not (values["steps"] or values["tokens"]) else "modelled",
+        "train", tokens=tokens, flops=total, optimizer_steps=steps, sequences=sequences, context=context, rows=rows, head=not isinstance(stage, Contrastive),
+        cpu_seconds=stage.lexical_seconds(data) if isinstance(stage, Embed) else 0.0, basis=data.basis if not (values["steps"] or values["tokens"]) else "modelled",
     )  # fmt: skip

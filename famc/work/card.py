@@ -6,15 +6,29 @@ In: model, tokenizer, `eval.<suite>`, `parity.<label>`, `gate.<label>`. Out: REA
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from famc.job import Job
-from famc.steps.exports import CALIBRATED_FORMATS, GENAI_ORDER, JS_DTYPES, ONNX_FILES, gguf_name
+from famc.steps.exports import (
+    CALIBRATED_FORMATS,
+    CONVERTING,
+    FILLING,
+    GENAI_ORDER,
+    JS_DTYPES,
+    ONNX_FILES,
+    RANKING,
+    TEXT,
+    VECTORS,
+    gguf_name,
+    task_in,
+)
 from famc.steps.others import HIGHER_IS_BETTER
+from famc.work.encoder_session import prompts_of
+from famc.work.onnx_encoder import read_pooling
 from famc.work.scores import RESULTS, Score, read_json
 
 TEMPLATES = Path(__file__).parent.parent / "report" / "templates"
@@ -38,7 +52,51 @@ MEANING = {
     "length_bias_data": "pairs of unequal length whose longer answer is the chosen one",
     "chosen_tokens": "mean length of the chosen answers, tokens",
     "rejected_tokens": "mean length of the rejected answers, tokens",
+    "ndcg@10": "how early the first ten results hold what answers a held-out query: 1 is the best order",
+    "mrr@10": "1 / the place of the first right passage, 0 beyond the tenth; mean over queries",
+    "recall@10": "share of the right passages that are among the first ten",
+    "recall@100": "share of the right passages that are among the first hundred",
+    "bm25_ndcg@10": "the same of BM25, which compares words and has learnt nothing",
+    "fused_ndcg@10": "the same of both rankings together, by the sum of their standardised scores",
+    "first_stage_ndcg@10": "the same of the order that the reranker was given",
 }
+# what a model of a task is, and the sections of the card that are about it
+WHAT = {
+    TEXT: "decoder", VECTORS: "embedder", RANKING: "reranker", FILLING: "masked language model",
+    CONVERTING: "encoder and decoder",
+}  # fmt: skip
+PIPELINES = {VECTORS: "sentence-similarity"}  # the hub's name where it is not the task's
+LIBRARIES = {VECTORS: "sentence-transformers", RANKING: "sentence-transformers"}
+TAGS = {
+    VECTORS: ("sentence-transformers", "feature-extraction", "sentence-similarity"),
+    RANKING: ("sentence-transformers", "cross-encoder", "reranker"),
+}
+JS_POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last_token"}
+# of a parity check, by task: heading and metric
+TABLES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    TEXT: (
+        ("KL, nats a token", "kl"), ("first choice equal", "top1_agreement"), ("perplexity ×", "perplexity_ratio"),
+        ("greedy answers equal", "greedy_equal"), ("tokenizer", "tokenizer"), ("template", "template"),
+    ),
+    VECTORS: (
+        ("cosine, mean", "cosine_mean"), ("worst", "cosine_min"), ("Kendall's tau of rankings", "kendall_tau"),
+        ("nDCG@10", "ndcg"), ("of the model", "ndcg_source"), ("tokenizer", "tokenizer"),
+    ),
+    RANKING: (
+        ("logits differ by at most", "max_logit_difference"), ("first choice equal", "top1_agreement"),
+        ("Kendall's tau of rankings", "kendall_tau"), ("nDCG@10", "ndcg"), ("of the model", "ndcg_source"),
+        ("tokenizer", "tokenizer"),
+    ),
+    FILLING: (
+        ("KL, nats a hidden token", "kl"), ("first choice equal", "top1_agreement"),
+        ("perplexity ×", "perplexity_ratio"), ("tokenizer", "tokenizer"),
+    ),
+    CONVERTING: (
+        ("KL, nats a token", "kl"), ("first choice equal", "top1_agreement"), ("perplexity ×", "perplexity_ratio"),
+        ("greedy answers equal", "greedy_equal"), ("tokenizer", "tokenizer"),
+    ),
+}  # fmt: skip
+ERRORS = {"perplexity_ratio": "perplexity_ratio_error"}  # metrics that have one
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -61,6 +119,7 @@ def render(values: Mapping[str, Any]) -> str:
         "number": number,
         "count": count,
         "cell": cell,
+        "quote": json.dumps,
     }
     return environment.get_template("card.md.jinja").render(values)
 
@@ -78,12 +137,18 @@ def context(job: Job, inputs: Mapping[str, Path]) -> dict[str, Any]:
     }
     onnx = sorted(made["onnx"], key=lambda quant: list(ONNX_ORDER).index(quant))
     name = str(params["repo"]).rpartition("/")[2]
+    task = task_of(inputs)
     return {
         "name": name,
+        "task": task,
+        "what": WHAT.get(task, WHAT[TEXT]),
+        "parity_heads": [head for head, _ in _columns(task, parities)],
+        "parity_rows": [[p["label"], *_cells(task, p, parities)] for p in parities],
+        "embeds": embedder_of(inputs["model"], params) if task == VECTORS else {},
         "family": family,
         "size": params["size"],
         "variant": params["variant"],
-        "chat": params["variant"] != "base",
+        "chat": task == TEXT and params["variant"] != "base",
         "base": params.get("base"),
         "lineage": list(params["lineage"]),
         "parameters": int(params["parameters"]),
@@ -91,11 +156,15 @@ def context(job: Job, inputs: Mapping[str, Path]) -> dict[str, Any]:
         "licenses": licenses,
         "unknown": [name for name, value in licenses.items() if not value or value == "unknown"],
         "differing": sorted({v for v in licenses.values() if v and v not in ("unknown", family["license"])}),
-        "front": front_matter(family, params, made),
+        "front": front_matter(family, params, made, task),
         "suites": _suites(inputs),
         "parities": parities,
         "gates": _gates(job, inputs),
         "samples": _samples(inputs)[:SAMPLES],
+        # transformers.js has no class for a Qwen3 classifier; AutoModel runs any graph that needs no cache
+        "js_class": "AutoModel"
+        if params["shape"]["arch"] == "qwen3"
+        else "AutoModelForSequenceClassification",
         "onnx": [{"file": ONNX_FILES[q], "dtype": JS_DTYPES[q]} for q in onnx],
         "genai": next((ONNX_FILES[q] for q in GENAI_ORDER if q in onnx), None),
         "ggufs": [gguf_name(name.removesuffix("-GGUF"), quant) for quant in made["gguf"]],
@@ -104,7 +173,50 @@ def context(job: Job, inputs: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def front_matter(family: Mapping[str, Any], params: Mapping[str, Any], made: Mapping[str, list[str]]) -> str:
+def task_of(inputs: Mapping[str, Path]) -> str:
+    """What the model is for, by its folder."""
+    model = inputs.get("model")
+    if model is None or not (model / "config.json").is_file():
+        return TEXT
+    return task_in(read_json(model / "config.json"), (model / "modules.json").is_file())
+
+
+def embedder_of(model: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What users of an embedder must know: prompts, pooling, and to how many numbers its vectors may be cut."""
+    pooling, prompts = read_pooling(model), prompts_of(model)
+    said = model / "config_sentence_transformers.json"
+    own = read_json(said) if said.is_file() else {}
+    dimensions = own.get("matryoshka_dims") or params.get("mrl") or ()
+    width = int(params["shape"]["hidden"])
+    return {
+        "prompts": prompts,
+        "query": prompts.get("query", ""),
+        "document": prompts.get("document", ""),
+        "pooling": pooling.mode,
+        "js_pooling": JS_POOLING[pooling.mode],
+        "normalised": pooling.normalise,
+        "width": width,
+        "dimensions": sorted({int(d) for d in dimensions if int(d) < width}, reverse=True),
+    }
+
+
+def _columns(task: str, parities: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What the parity table shows: figures that were measured; of a decoder all, measured or not."""
+    table = TABLES.get(task, TABLES[TEXT])
+    return [(h, m) for h, m in table if task == TEXT or any(m in p for p in parities)]
+
+
+def _cells(task: str, parity: Mapping[str, Any], parities: Sequence[Mapping[str, Any]]) -> list[str]:
+    made = []
+    for _, metric in _columns(task, parities):
+        error = parity.get(ERRORS.get(metric, ""))
+        made.append(number(parity.get(metric)) + ("" if error is None else f" ± {number(error)}"))
+    return made
+
+
+def front_matter(
+    family: Mapping[str, Any], params: Mapping[str, Any], made: Mapping[str, list[str]], task: str = TEXT
+) -> str:
     """The YAML that the hub reads."""
     known = family["license"] != "unknown"
     tags = [family["name"], params["variant"], params["shape"]["arch"], "famc"]
@@ -112,9 +224,9 @@ def front_matter(family: Mapping[str, Any], params: Mapping[str, Any], made: Map
         "license": family["license"] if known else "other",
         **({} if known else {"license_name": "unknown"}),
         "language": list(family["languages"]),
-        "library_name": "gguf" if made["gguf"] else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": tags + (["onnx", "transformers.js"] if made["onnx"] else []),
+        "library_name": "gguf" if made["gguf"] else LIBRARIES.get(task, "transformers"),
+        "pipeline_tag": PIPELINES.get(task, task),
+        "tags": tags + list(TAGS.get(task, ())) + (["onnx", "transformers.js"] if made["onnx"] else []),
     }
     if params.get("base"):  # the hub shows it below the model that it was made from
         values |= {

@@ -8,10 +8,14 @@ sources of a family that name the same group agree on it, and a larger fraction 
 document without a group, or split `by: document`, is drawn by its content, so copies agree too. Only where
 that leaves one side empty are documents drawn instead of groups, and at least one goes to each side;
 stats.json then says `fallback`.
+
+Pairs: the same passage on both sides would let training see what evaluation looks for, so such a source is
+refused, with the records that hold it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +32,7 @@ from famc.work.filters import FILTERS, Filter
 from famc.work.text import (
     COLUMNS,
     Body,
+    Pair,
     Record,
     Writer,
     contents,
@@ -36,12 +41,14 @@ from famc.work.text import (
     from_columns,
     joined,
     read_rows,
+    same,
     size,
     to_columns,
     write_json,
 )
 
 _SAMPLES, _SAMPLE_CHARACTERS = 3, 120
+_SHOWN = 3  # leaks that a message names
 
 
 @dataclass
@@ -126,6 +133,43 @@ class Split:
         return held, fallback
 
 
+class Leaks:
+    """Passages of pairs that are on both sides of the split; copies differ in white space and case at most."""
+
+    def __init__(self) -> None:
+        self.first: dict[bytes, tuple[int, bool]] = {}  # passage -> the record that came first, and its side
+        self.found: dict[bytes, tuple[int, int]] = {}  # passage -> a record in training, one held out
+
+    def add(self, number: int, is_held: bool, body: Body) -> None:
+        """See what a record holds; texts that are no pairs leave nothing."""
+        for text in body.positives if isinstance(body, Pair) else ():
+            key = hashlib.sha256(same(text).encode()).digest()[:16]
+            other, other_held = self.first.setdefault(key, (number, is_held))
+            if other_held != is_held:
+                self.found.setdefault(key, (other, number) if is_held else (number, other))
+
+    def refuse(self, spool: Path) -> None:
+        """StepFailed where there are any: how many, the first of them, and what to do."""
+        if not self.found:
+            return
+        shown = list(self.found.values())[:_SHOWN]
+        wanted = {number for pair in shown for number in pair}
+        where = {n: _at(row) for n, row in enumerate(read_rows(spool)) if n in wanted}
+        examples = "; ".join(f"{where[train]} (train) and {where[held]} (held out)" for train, held in shown)
+        more = ", …" if len(self.found) > _SHOWN else ""
+        count = f"{len(self.found):,} passage{'s are' if len(self.found) > 1 else ' is'}"
+        raise StepFailed(
+            f"{count} both in training and held out: {examples}{more}",
+            "give records of one passage the same group (group_field: a column that they share, such as the "
+            "document, or 'positive' itself) with heldout: {by: group}; or drop the copies",
+        )
+
+
+def _at(row: Mapping[str, Any]) -> str:
+    """Where a record stands, and its id where that says something else."""
+    return str(row["where"]) if str(row["where"]).endswith(row["id"]) else f"{row['where']} ({row['id']})"
+
+
 def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Read, clean, split, write."""
     params = job.params
@@ -137,7 +181,7 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     spool = out / ".spool.parquet"
     units, drawn = array("Q"), array("Q")
     documents_in = characters_in = bytes_in = 0
-    with Writer(spool, ("number", "id", "group", *columns)) as writer:
+    with Writer(spool, ("number", "id", "group", "where", *columns)) as writer:
         for number, record in enumerate(_sampled(params, job.runtime)):
             documents_in += 1
             bytes_in += size(record.body)
@@ -145,7 +189,8 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
             if documents_in % 500 == 0:
                 job.progress(bytes_in, max(bytes_in, params.get("bytes") or 0))
             if _clean(number, record, chain, counts):
-                writer.add((str(number), record.id, record.group, *to_columns(record.body).values()))
+                values = to_columns(record.body).values()
+                writer.add((str(number), record.id, record.group, record.where, *values))
     rows = _named_rows(spool, dedup)
     for row in rows:
         body = from_columns(row)
@@ -158,19 +203,22 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     held, fallback = split.sides(units, drawn)
     sides = {name: {"documents": 0, "bytes": 0, "characters": 0} for name in ("train", "heldout")}
     groups: dict[str, set[str]] = {"train": set(), "heldout": set()}
+    leaks = Leaks()
     with (
         Writer(out / "train.parquet", ("id", "group", *columns)) as train,
         Writer(out / "heldout.parquet", ("id", "group", *columns)) as heldout,
     ):
-        for is_held, row in zip(held, _named_rows(spool, dedup), strict=True):
+        for index, (is_held, row) in enumerate(zip(held, _named_rows(spool, dedup), strict=True)):
             name, target = ("heldout", heldout) if is_held else ("train", train)
             body = from_columns(row)
+            leaks.add(index, bool(is_held), body)
             group = row["group"] or digest(body).hex()[:16]
             target.add((row["id"], group, *(row[column] for column in columns)))
             sides[name]["documents"] += 1
             sides[name]["bytes"] += size(body)
             sides[name]["characters"] += sum(map(len, contents(body)))
             groups[name].add(group)
+    leaks.refuse(spool)
     spool.unlink()
     documents_out = len(units)
     bytes_out = sides["train"]["bytes"] + sides["heldout"]["bytes"]

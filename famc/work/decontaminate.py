@@ -1,5 +1,7 @@
 """Training text that repeats evaluations: found by shared word n-grams, shorter texts by whole equality.
 
+Of a pair, query and passages count; each answer is a text of its own, as another query may have it too.
+
 A word n-gram in 10 or more training documents of 3 or more groups is boilerplate (licences, idioms of a
 language, phrases of a generator) and no evidence. Words are numbered by the held-out text's vocabulary,
 n-grams hashed to 64 bits in numpy: memory grows with the held-out text only, and a chance collision is one in
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from famc.work.text import from_columns, joined, read_rows
+from famc.work.text import Body, Pair, from_columns, joined, read_rows
 
 COMMON_DOCUMENTS, COMMON_GROUPS = 10, 3
 
@@ -38,10 +40,11 @@ class HeldOut:
     def add(self, path: Path) -> None:
         """Take in a held-out file, whatever its format."""
         for row in read_rows(path):
-            words = split(joined(from_columns(row)))
+            body = from_columns(row)
+            words = split(joined(body))
             self.texts += 1
+            self.short.update(self.short_texts(body, words))
             if len(words) < self.ngram:
-                self.short.add(tuple(words))
                 continue
             vocabulary = self.vocabulary
             numbers = np.fromiter(
@@ -49,6 +52,11 @@ class HeldOut:
             )
             self._hashes.append(np.unique(hashes(numbers, self.ngram)))
         self._sorted = None
+
+    def short_texts(self, body: Body, words: list[str]) -> list[tuple[str, ...]]:
+        """The words of each text of a body, itself of some words, that is too short for an n-gram."""
+        texts = map(split, body.positives) if isinstance(body, Pair) else (words,)
+        return [tuple(text) for text in texts if len(text) < self.ngram]
 
     def matches(self, words: list[str]) -> tuple[Array, Array]:
         """(n-grams of a text that are held out, where each begins first)."""
@@ -89,8 +97,8 @@ def hashes(numbers: Array, ngram: int) -> Array:
     return total * np.uint64(_PRIME)
 
 
-def dropped(held: HeldOut, sources: Iterable[Iterator[tuple[str, str]]]) -> tuple[list[dict[int, str]], int]:
-    """For each source of (group, text): {row: the words that it shares}; how many n-grams were common."""
+def dropped(held: HeldOut, sources: Iterable[Iterator[tuple[str, Body]]]) -> tuple[list[dict[int, str]], int]:
+    """For each source of (group, body): {row: the words that it shares}; how many n-grams were common."""
     whole: list[dict[int, str]] = []
     matched: list[dict[int, tuple[Array, list[str]]]] = []
     documents: dict[int, int] = {}
@@ -98,11 +106,11 @@ def dropped(held: HeldOut, sources: Iterable[Iterator[tuple[str, str]]]) -> tupl
     for rows in sources:
         whole.append({})
         matched.append({})
-        for number, (group, text) in enumerate(rows):
-            words = split(text)
-            if len(words) < held.ngram:
-                if tuple(words) in held.short:
-                    whole[-1][number] = " ".join(words)
+        for number, (group, body) in enumerate(rows):
+            words = split(joined(body))
+            equal = next((text for text in held.short_texts(body, words) if text in held.short), None)
+            if equal is not None:
+                whole[-1][number] = " ".join(equal)
                 continue
             found, starts = held.matches(words)
             if not len(found):

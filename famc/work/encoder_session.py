@@ -1,4 +1,4 @@
-"""Embedders and rerankers, ready to run: a released graph in ONNX Runtime, and its source in torch.
+"""Embedders and rerankers, ready to run: a released graph in ONNX Runtime, a folder of weights in torch.
 
 In: what a tokenizer makes of some texts. Out: an embedder's vectors, or a reranker's logits.
 """
@@ -15,6 +15,7 @@ import torch
 from famc.errors import StepFailed
 from famc.work.onnx_encoder import EncoderTask, load_encoder
 from famc.work.onnx_session import open_graph
+from famc.work.scores import read_json
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Batch = Mapping[str, Array]  # input_ids, attention_mask and, for BERT, token_type_ids: [rows, length] each
@@ -70,6 +71,18 @@ class TorchEncoder:
                 return logits
             vectors: Array = self._pooling(found.last_hidden_state, tensors["attention_mask"]).numpy()
             return vectors
+
+
+def opened(export: Path, threads: int, task: EncoderTask) -> Encoder:
+    """What was made of a model: a graph, or a folder of weights."""
+    return TorchEncoder(export, threads, task) if export.is_dir() else OnnxEncoder(export, threads, task)
+
+
+def prompts_of(model_dir: Path) -> dict[str, str]:
+    """What an embedder writes before a text, by what the text is (`query`, `document`); {} if it says nothing."""
+    path = model_dir / "config_sentence_transformers.json"
+    found = (read_json(path).get("prompts") or {}) if path.is_file() else {}
+    return {str(name): str(text) for name, text in found.items()}
 
 
 def encode(

@@ -1,8 +1,8 @@
 """`eval`: a suite of measurements of one model, each with its standard error.
 
-In: model and tokenizer, `data.<source>` for each task's held-out part. Out: results.json (metric -> value,
-stderr, n), units.json (the same by document, for paired comparison in gates), samples.jsonl (the first
-answers, to be read). Examples are taken in the order of the hash of their id: the same ones for every
+In: model and tokenizer, `data.<source>` for each task's held-out part; for `rerank` maybe `retriever`, an
+embedder. Out: results.json (metric -> value, stderr, n, 95 % interval), units.json (the same by document,
+for paired comparison in gates), samples.jsonl (the first answers, to be read). Examples are taken in the order of the hash of their id: the same ones for every
 model, whatever the file's order.
 """
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from famc.errors import StepFailed
 from famc.job import Job
+from famc.work.arch import fits, load_fitting
 from famc.work.generate import greedy
 from famc.work.likelihood import (
     Row,
@@ -28,11 +29,11 @@ from famc.work.likelihood import (
     encode_prompt,
     end_ids,
     last_turn,
-    load_model,
     load_tokenizer,
     score_rows,
 )
-from famc.work.scores import RESULTS, UNITS, Score, Units, metric, write_json
+from famc.work.scores import RESULTS, UNITS, Score, Units, interval, metric, write_json
+from famc.work.search import SEARCHES, suits
 
 SAMPLES = 20
 
@@ -51,7 +52,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test and what tasks need to ask it."""
+    """The model under test and what tasks need to ask it. Tasks that search load the folder themselves."""
 
     model: Any
     tokenizer: Any
@@ -62,14 +63,21 @@ class Subject:
     tokenizer_folder: Path
     threads: int
     reference: Any = None
+    retriever: Path | None = None
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Measure all tasks of the suite."""
     tasks: Sequence[Mapping[str, Any]] = job.params["tasks"]
-    model = load_model(inputs["model"], job.threads)
-    tokenizer = load_tokenizer(inputs["tokenizer"])
-    reference = load_model(inputs["reference"], job.threads) if "reference" in inputs else None
+    for task in tasks:
+        suits(inputs["model"], task["task"])
+    told = [task["task"] for task in tasks if task["task"] not in SEARCHES]
+    # who searches loads the folder in its own way
+    model = load_fitting(inputs["model"], job.threads) if told else None
+    for name in told:
+        fits(model, name)
+    tokenizer = load_tokenizer(inputs["tokenizer"]) if told else None
+    reference = load_fitting(inputs["reference"], job.threads) if told and "reference" in inputs else None
     results: dict[str, dict[str, Any]] = {}
     units: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
@@ -81,14 +89,17 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 
         subject = Subject(
             model, tokenizer, int(job.params["context"]), job.precision, progress,
-            inputs["model"], inputs["tokenizer"], job.threads, reference,
+            inputs["model"], inputs["tokenizer"], job.threads, reference, inputs.get("retriever"),
         )  # fmt: skip
         found = TASKS[task["task"]](subject, task, inputs.get(f"data.{task['data']}"))
         # a second task of the same kind carries its source in its metrics' names
         suffix = f".{task['data']}" if task["task"] in seen else ""
         seen.add(task["task"])
         for name, measured in found.units.items():
-            results[name + suffix] = measured.score().record()
+            results[name + suffix] = {
+                **measured.score().record(),
+                "interval": interval(measured, name + suffix),
+            }
             units[name + suffix] = measured.record()
         for name, score in found.scores.items():
             results[name + suffix] = score.record()
@@ -164,6 +175,17 @@ def windows(ids: Sequence[int], context: int) -> Iterable[Sequence[int]]:
         yield ids[at : at + context + 1]
 
 
+def fill_mask(subject: Subject, task: Mapping[str, Any], data: Path | None) -> Measured:
+    """Loss and accuracy on hidden tokens of held-out documents: of masked LMs, and of t5, which says spans."""
+    from famc.work.seq2seq_eval import fill_mask as measure
+
+    documents = [d for d in heldout(data, task["n"], ["text"]) if d["text"]]
+    found = measure(
+        subject.model, subject.tokenizer, subject.context, subject.precision, documents, subject.progress
+    )
+    return Measured(found, higher={"masked_loss": False, "masked_accuracy": True})
+
+
 # --- conversations ----------------------------------------------------------------------------------------
 
 
@@ -171,6 +193,14 @@ def answers(subject: Subject, task: Mapping[str, Any], data: Path | None) -> Mea
     """Loss and accuracy on what the assistant says in held-out conversations, and greedy answers to the
     last turn.
     """
+    if subject.model.config.is_encoder_decoder:
+        from famc.work.seq2seq_eval import answers as measure
+
+        units, samples = measure(
+            subject.model, subject.tokenizer, subject.context, subject.precision,
+            heldout(data, task["n"], ["messages"]), int(task["max_new_tokens"]), subject.progress,
+        )  # fmt: skip
+        return Measured(units, samples=samples[:SAMPLES])
     from sacrebleu.metrics import CHRF
 
     tokenizer = subject.tokenizer
@@ -282,6 +312,30 @@ def _wins(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else 0.5 * ((a > b) + (a >= b))
 
 
+# --- search ------------------------------------------------------------------------------------------------
+
+
+def retrieval(subject: Subject, task: Mapping[str, Any], data: Path | None) -> Measured:
+    """How early an embedder finds what answers held-out queries, beside BM25 and together with it."""
+    from famc.work import retrieval_eval
+
+    return retrieval_eval.retrieval(subject, task, data)
+
+
+def rerank(subject: Subject, task: Mapping[str, Any], data: Path | None) -> Measured:
+    """How much better a reranker orders what a first stage found."""
+    from famc.work import retrieval_eval
+
+    return retrieval_eval.rerank(subject, task, data)
+
+
+def mteb(subject: Subject, task: Mapping[str, Any], data: Path | None) -> Measured:
+    """Tasks of MTEB, by name; of no names, the held-out pairs as MTEB counts them."""
+    from famc.work import mteb_eval
+
+    return mteb_eval.mteb(subject, task, data)
+
+
 # --- lm-evaluation-harness --------------------------------------------------------------------------------
 
 
@@ -329,8 +383,12 @@ def lm_eval(subject: Subject, task: Mapping[str, Any], data: Path | None) -> Mea
 
 TASKS: dict[str, Callable[[Subject, Mapping[str, Any], Path | None], Measured]] = {
     "bits_per_byte": bits_per_byte,
+    "fill_mask": fill_mask,
     "answers": answers,
     "preference": preference,
+    "retrieval": retrieval,
+    "rerank": rerank,
+    "mteb": mteb,
     "lm_eval": lm_eval,
 }
 

@@ -19,7 +19,7 @@ import torch
 
 from famc.errors import StepFailed, did_you_mean
 from famc.job import Job
-from famc.steps.exports import RANKING, TEXT, VECTORS, gguf_name
+from famc.steps.exports import CONVERTING, RANKING, TEXT, VECTORS, gguf_name
 from famc.store import link_or_copy
 from famc.work.checkpoint import DTYPES, WEIGHTS, convert_weights, copy_files
 from famc.work.likelihood import encode_chat, load_tokenizer
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from famc.work.calibrate import Calibrated
     from famc.work.onnx_build import Quant
     from famc.work.onnx_encoder import EncoderQuant, EncoderTask
+    from famc.work.onnx_seq2seq import Seq2SeqQuant
     from famc.work.quantize import Grid
 
 LAYERS = "layers.json"
@@ -55,6 +56,7 @@ def safetensors(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         raise ValueError(f"safetensors has no {quant}: {', '.join(DTYPES)}")
     facts = convert_weights(model, out / WEIGHTS, quant, job.progress)
     copy_files(model, out)
+    copy_modules(model, out)
     config = read_json(model / "config.json")
     config.pop("torch_dtype", None)  # as transformers before 5 called it
     config["dtype"] = DTYPES[quant][2]
@@ -62,15 +64,40 @@ def safetensors(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     return {"file": WEIGHTS, **facts}
 
 
+# what sentence-transformers writes beside the weights; other files of its folders are its card and its caches
+MODULE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+
+
+def copy_modules(model: Path, out: Path) -> list[str]:
+    """sentence-transformers' files of an embedder or reranker, without which a folder gives other vectors; their names
+    in the folder."""
+    made = [name for name in MODULE_FILES if (model / name).is_file()]
+    if "modules.json" in made:
+        for module in read_json(model / "modules.json"):
+            folder = str(module["path"])
+            if folder:  # the transformer's own is ""
+                if Path(folder).name != folder:
+                    raise StepFailed(
+                        f"{model}/modules.json names the folder {folder!r}", "it must lie inside"
+                    )
+                made += [
+                    path.relative_to(model).as_posix() for path in sorted((model / folder).glob("*.json"))
+                ]
+    for name in made:
+        link_or_copy(model / name, out / name)
+    return made
+
+
 def onnx(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """One graph: a decoder's with the cache inside, an embedder's with its pooling."""
+    """One graph: a decoder's with the cache inside, an embedder's with its pooling; of a T5 two."""
     from famc.work.onnx_build import build_decoder, recipe_of
 
     if (task := str(job.params.get("task", TEXT))) in (VECTORS, RANKING):
-        from famc.work.onnx_encoder import build_encoder
+        return encoder(job, inputs["model"], out, cast("EncoderTask", task))
+    if task == CONVERTING:
+        from famc.work.onnx_seq2seq import build_seq2seq
 
-        wanted = (cast("EncoderQuant", str(job.params["quant"])), cast("EncoderTask", task))
-        return dict(build_encoder(inputs["model"], out, wanted[0], task=wanted[1]))
+        return dict(build_seq2seq(inputs["model"], out, cast("Seq2SeqQuant", str(job.params["quant"]))))
     params, quant = job.params, cast("Quant", str(job.params["quant"]))
     if quant in ("fp32", "fp16"):
         return dict(build_decoder(inputs["model"], out, quant))
@@ -92,6 +119,16 @@ def onnx(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
             model = folded(inputs["model"], Path(scratch), made.folded)
         facts = build_decoder(model, out, quant, recipe=recipe)
     return {**facts, **layer_facts(out, made)}
+
+
+def encoder(job: Job, model: Path, out: Path, task: EncoderTask) -> dict[str, Any]:
+    """An embedder's or reranker's graph, with how its weights lose their bits if it has few."""
+    from famc.work.onnx_encoder import build_encoder, int4_recipe
+
+    words = {k: job.params[k] for k in ("block_size", "algorithm", "symmetric") if k in job.params}
+    recipe = int4_recipe(**words) if words else None
+    quant = cast("EncoderQuant", str(job.params["quant"]))
+    return dict(build_encoder(model, out, quant, task=task, recipe=recipe))
 
 
 def gguf(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def checks_of(job: Job, inputs: Mapping[str, Path]) -> Iterator[Check]:
 def _parity(wanted: Mapping[str, Any], made: _Made) -> Iterator[Check]:
     found = made.results["parity"]
     for key in ("tokenizer", "template"):
-        if wanted.get(key):
+        if wanted.get(key) and key not in found:
+            yield _absent(key, found, made.name)
+        elif wanted.get(key):
             yield Check(key, str(found[key]), "==", str(wanted[key]), made.name)
     for key, metric, relation, say in LIMITS:
         if wanted.get(key) is None:
@@ -152,6 +154,12 @@ LIMITS = (
     ("greedy", "greedy_equal", ">=", "share of {prompts:g} answers"),
     ("cosine", "cosine_mean", ">=", "over {vectors:g} vectors, worst {cosine_min:.4g}"),
     ("ranking", "kendall_tau", ">=", "over {queries:g} queries and {documents:g} documents"),
+    (
+        "ndcg",
+        "ndcg_drop",
+        "<=",
+        "relative drop from {ndcg_source:.4g} to {ndcg:.4g} over {queries:g} queries",
+    ),
 )
 
 

@@ -1,8 +1,8 @@
 """`mix`: sources by weight, to an exact number of tokens, without what evaluations are made of.
 
 In: `source.NAME` (corpus), `eval.NAME` (corpus, its held-out side), `tokenizer`. Out, text: `tokens.npy`, one
-flat stream in which every document ends with <|endoftext|>; messages and preferences: `examples.parquet`.
-Both: `stats.json`.
+flat stream in which every document ends with <|endoftext|>; messages, preferences and pairs:
+`examples.parquet`. Both: `stats.json`.
 
 Documents are shuffled by seed, source and epoch, and interleaved: next is always the source furthest behind
 its share.
@@ -28,7 +28,17 @@ from tokenizers import Tokenizer
 from famc.errors import StepFailed
 from famc.job import Job
 from famc.work.decontaminate import HeldOut, dropped
-from famc.work.text import COLUMNS, Body, Writer, from_columns, joined, limit_threads, size, write_json
+from famc.work.text import (
+    COLUMNS,
+    Body,
+    Pair,
+    Writer,
+    contents,
+    from_columns,
+    limit_threads,
+    size,
+    write_json,
+)
 from famc.work.tokenizer import END_OF_TEXT, load
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -96,10 +106,10 @@ class Source:
     def body(self, number: int) -> Body:
         return from_columns({column: self.value(column, number) for column in COLUMNS[self.fmt]})
 
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """(group, text) of every row, in order."""
+    def rows(self) -> Iterator[tuple[str, Body]]:
+        """(group, body) of every row, in order."""
         for number in range(len(self)):
-            yield self.value("group", number), joined(self.body(number))
+            yield self.value("group", number), self.body(number)
 
     def order(self, epoch: int) -> list[int]:
         """The rows that are used, shuffled by seed, source and epoch alone."""
@@ -395,19 +405,24 @@ def proportional(sizes: Mapping[str, int], weights: Mapping[str, float], max_epo
 
 
 def _rendered_lengths(folder: Path, measured: dict[tuple[str, int], int]) -> Callable[[Source], Lengths]:
-    """Tokens of conversations as the chat template renders them; of a preference, with the chosen answer."""
+    """Tokens of conversations as the chat template renders them; of a preference, with the chosen answer; of a
+    pair, of its query and all its passages."""
     tokenizer = load(folder)
+
+    def rendered(body: Body) -> int:
+        assert not isinstance(body, str)
+        if isinstance(body, Pair):
+            encoded = tokenizer(contents(body), add_special_tokens=False, return_attention_mask=False)
+            return sum(map(len, encoded["input_ids"]))
+        messages = body if isinstance(body, list) else [*body["prompt"], *body["chosen"]]
+        return len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
 
     def of(source: Source) -> Lengths:
         def measure(numbers: Sequence[int]) -> list[int]:
             result = []
             for number in numbers:
-                body = source.body(number)
-                assert not isinstance(body, str)
-                messages = body if isinstance(body, list) else [*body["prompt"], *body["chosen"]]
-                ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-                measured[source.name, number] = len(ids)
-                result.append(len(ids))
+                measured[source.name, number] = tokens = rendered(source.body(number))
+                result.append(tokens)
             return result
 
         return measure

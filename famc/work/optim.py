@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch.optim import AdamW, Muon, Optimizer
 
+# tables, of which a row is a token, a position or a distance: no matrices that turn one vector into another
+# and heads of one row
+OUTSIDE = ("embed", "lm_head", "shared", "relative_attention_bias", "score", "classifier")
+
 
 def make_optimizer(model: torch.nn.Module, params: Mapping[str, Any]) -> Optimizer:
     """The optimiser that a stage's values ask for."""
@@ -23,7 +27,7 @@ def make_optimizer(model: torch.nn.Module, params: Mapping[str, Any]) -> Optimiz
     rate, decay, betas = params["lr.peak"], params["weight_decay"], tuple(params["betas"])
     if params["optimizer"] == "adamw":
         return _adamw([(matrices, decay), (vectors, 0.0)], rate, betas)
-    inside = [p for name, p in trained if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
+    inside = [p for name, p in trained if p.dim() == 2 and not any(word in name for word in OUTSIDE)]
     if not inside:
         return _adamw([(matrices, decay), (vectors, 0.0)], rate, betas)
     experts = [p for p in matrices if p.dim() > 2]  # stacked matrices, which torch's Muon does not take

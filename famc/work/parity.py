@@ -1,22 +1,35 @@
 """`parity`: an export, reloaded from disk in its own runtime, against the model that it was made from.
 
-In: model, export, tokenizer, held-out `text.<source>` and `chat.<source>`. Out: results.json: distances of
-logits and greedy text, whether ids, template and end marks are the same, and the scores of both with their
-paired difference. The runtime is the one that users load the format with: ONNX Runtime, llama.cpp, transformers.
+In: model, export, tokenizer, held-out `text.<source>` and `chat.<source>`, or `pairs.<source>` for embedders and
+rerankers. Out: results.json: distances of logits and greedy text, whether ids, template and end marks are the same, and
+the scores of both with their paired difference; or distances of vectors and rankings. The runtime is the one that users
+load the format with: ONNX Runtime, llama.cpp, transformers.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.steps.exports import CALIBRATED_FORMATS, DEFAULT_QUANT, ONNX_FILES, RANKING, TEXT, VECTORS
+from famc.steps.exports import (
+    CALIBRATED_FORMATS,
+    CONVERTING,
+    DEFAULT_QUANT,
+    FILLING,
+    ONNX_FILES,
+    RANKING,
+    TEXT,
+    VECTORS,
+)
 from famc.work.compare import (
     Decoder,
     TorchDecoder,
@@ -52,15 +65,15 @@ CONVERSATION = [
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Compare, and write down how far the export is."""
     params = job.params
+    if params.get("task", TEXT) in OTHERS:
+        return OTHERS[params["task"]](job, inputs, out)
     context, limit = int(params["context"]), int(params["max_new_tokens"])
     tokenizer = load_tokenizer(inputs["tokenizer"])
     documents = _examples(inputs, "text.", int(params["texts"]), ["text"])
     conversations = _examples(inputs, "chat.", int(params["texts"]), ["messages"])
-    raw = [d["text"] for d in documents] + [str(m["content"]) for c in conversations for m in c["messages"]]
+    raw = _texts(inputs, int(params["texts"]))
     told = same_tokenizer(inputs["tokenizer"], inputs["model"], raw)
 
-    if params.get("task", TEXT) in (VECTORS, RANKING):
-        return _vectors(job, inputs, out, raw, told)
     start = document_start(tokenizer)
     texts = [
         [start, *tokenizer(d["text"], add_special_tokens=False)["input_ids"]][:context] for d in documents
@@ -112,18 +125,95 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     return flat
 
 
-def _vectors(
-    job: Job, inputs: Mapping[str, Path], out: Path, texts: list[str], told: dict[str, str]
-) -> dict[str, Any]:
-    """An embedder's vectors, or a reranker's logits, and the order that both sides put the texts in."""
-    from famc.work.compare_vectors import compare_embedder, compare_reranker
+def _vectors(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """An embedder's vectors, or a reranker's logits, and the order that both sides put passages in."""
+    from famc.work.compare_vectors import Pairs, compare_embedder, compare_reranker
 
-    names = [name for name in ONNX_FILES.values() if (inputs["export"] / name).is_file()]
-    graph = inputs["export"] / _one(inputs["export"], names, "ONNX graphs")
+    pairs, texts = None, _texts(inputs, int(job.params["texts"]))
+    if found := _pairs(inputs):
+        pairs = Pairs.of(found, int(job.params["pairs"]))
+        texts = [*pairs.queries, *pairs.passages]
+    told = own_ids(inputs["model"], _folder(job, inputs), texts)
+    export = inputs["export"] if job.params["format"] == "safetensors" else graph_of(inputs["export"])
     compare = compare_embedder if job.params["task"] == VECTORS else compare_reranker
-    found = compare(inputs["model"], graph, texts, load_tokenizer(inputs["tokenizer"]), job.threads)
+    made = compare(inputs["model"], export, texts, load_tokenizer(inputs["model"]), job.threads, pairs=pairs)
+    return _written(out, made, told)
+
+
+def _filled(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """What a masked LM says of the tokens that are hidden from it."""
+    from famc.work.compare_filled import compare_masked
+
+    texts = _texts(inputs, int(job.params["texts"]))
+    told = own_ids(inputs["model"], _folder(job, inputs), texts)
+    tokenizer = load_tokenizer(inputs["model"])
+    ids = [
+        tokenizer(text, truncation=True, max_length=int(job.params["context"]))["input_ids"] for text in texts
+    ]
+    made = compare_masked(inputs["model"], inputs["export"], ids, tokenizer.mask_token_id, job.threads)
+    return _written(out, made, told)
+
+
+def _converted(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """What a T5 says of a second half when it has read the first, word by word and by itself."""
+    from famc.work import compare_filled, seq2seq_session
+
+    module: Any = seq2seq_session if job.params["format"] == "onnx" else compare_filled
+    chats = _examples(inputs, "chat.", int(job.params["texts"]), ["messages"])
+    asked = [pair for chat in chats for pair in [_turn(chat["messages"])] if pair is not None]
+    texts = _texts(inputs, int(job.params["texts"]))
+    pairs = asked or [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    told = own_ids(inputs["model"], _folder(job, inputs), [text for pair in pairs for text in pair])
+    made = module.compare_seq2seq(
+        inputs["model"], inputs["export"], pairs, load_tokenizer(inputs["model"]), job.threads,
+        context=int(job.params["context"]), max_new_tokens=int(job.params["max_new_tokens"]),
+    )  # fmt: skip
+    return _written(out, made, told)
+
+
+OTHERS = {VECTORS: _vectors, RANKING: _vectors, FILLING: _filled, CONVERTING: _converted}
+
+
+def _turn(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """The last answer, and the question before it."""
+    found = last_turn(messages)
+    return None if found is None else (str(found[0][-1]["content"]), found[1])
+
+
+def _folder(job: Job, inputs: Mapping[str, Path]) -> Path:
+    """Where users of the export find its tokenizer: with a folder's weights, else with the model's own files."""
+    return inputs["export"] if job.params["format"] == "safetensors" else inputs["model"]
+
+
+def own_ids(model: Path, folder: Path, texts: list[str]) -> dict[str, str]:
+    """`exact` or `differs`, for ids: a folder's tokenizer, loaded as a user loads it, against the model's tokenizer.json
+    as the tokenizers library reads it. An encoder's tokenizer is its own: it may lower-case, and marks both ends.
+
+    transformers may rebuild a tokenizer after the class that the folder names, and then gives unknown ids.
+    """
+    plain = Tokenizer.from_file(str(model / "tokenizer.json"))
+    plain.no_truncation()
+    plain.no_padding()
+    loaded = load_tokenizer(folder)
+    pairs = list(itertools.pairwise(texts))
+    same = all(loaded(text)["input_ids"] == plain.encode(text).ids for text in texts)
+    same = same and all(loaded(*pair)["input_ids"] == plain.encode(*pair).ids for pair in pairs)
+    own = load_tokenizer(model)
+    marks = ("eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+    same = same and all(getattr(loaded, name) == getattr(own, name) for name in marks)
+    return {"tokenizer": "exact" if same else "differs"}
+
+
+def _written(out: Path, found: Mapping[str, float], told: dict[str, str]) -> dict[str, Any]:
+    """results.json without scores: the figures compare both sides already."""
     write_json(out / RESULTS, {"parity": {k: stable(v) for k, v in found.items()} | told, "scores": {}})
     return {key: metric(value) for key, value in found.items()} | told
+
+
+def graph_of(export: Path) -> Path:
+    """The one graph of an ONNX export."""
+    names = [name for name in ONNX_FILES.values() if (export / name).is_file()]
+    return export / _one(export, names, "ONNX graphs")
 
 
 def reloaded(export: Path, fmt: str, threads: int, context: int) -> Decoder:
@@ -133,8 +223,7 @@ def reloaded(export: Path, fmt: str, threads: int, context: int) -> Decoder:
     if fmt == "onnx":
         from famc.work.onnx_session import OnnxDecoder
 
-        names = [name for name in ONNX_FILES.values() if (export / name).is_file()]
-        return OnnxDecoder(export / _one(export, names, "ONNX graphs"), threads)
+        return OnnxDecoder(graph_of(export), threads)
     if fmt == "gguf":
         from famc.work.llama_cpp import LlamaDecoder
 
@@ -215,12 +304,32 @@ def gguf_tokenizer(source: Path, candidate: LlamaDecoder, texts: list[str]) -> d
 # --- what is compared -------------------------------------------------------------------------------------
 
 
-def _examples(inputs: Mapping[str, Path], prefix: str, n: int, columns: list[str]) -> list[dict[str, Any]]:
+def read_list(value: Any) -> list[str]:
+    """A column of lists, which a parquet file of famc holds as JSON."""
+    return list(json.loads(value) if isinstance(value, str) else value)
+
+
+def _examples(
+    inputs: Mapping[str, Path], prefix: str, n: int | None, columns: list[str]
+) -> list[dict[str, Any]]:
     found = []
     for role, folder in inputs.items():
         if role.startswith(prefix):
             found += [e for e in heldout(folder, n, columns) if e[columns[0]]]
     return found
+
+
+def _texts(inputs: Mapping[str, Path], n: int) -> list[str]:
+    """Held-out texts, and what is said in held-out conversations."""
+    documents = _examples(inputs, "text.", n, ["text"])
+    conversations = _examples(inputs, "chat.", n, ["messages"])
+    return [d["text"] for d in documents] + [str(m["content"]) for c in conversations for m in c["messages"]]
+
+
+def _pairs(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Held-out queries with their passages."""
+    found = _examples(inputs, "pairs.", None, ["query", "positives"])
+    return [e | {"positives": read_list(e["positives"])} for e in found]
 
 
 def _chats(tokenizer: Any, conversations: Sequence[Mapping[str, Any]], context: int) -> list[tuple[str, Row]]:

@@ -1,7 +1,8 @@
 """The text of the `pydoc` family: what Python's standard library says about itself.
 
 `entries` keeps every documented public object once; `source_documents` and `doc_documents` are what a base
-model reads. `pystdlib_scan` reads the modules, `pystdlib_chat` makes the chat and preference products.
+model reads. `pystdlib_scan` reads the modules, `pystdlib_chat` makes the chat and preference products,
+`pystdlib_pairs` what is searched for and found.
 
 A document names its `group`, the unit of the train/held-out split: modules that copy each other share it.
 """
@@ -9,7 +10,7 @@ A document names its `group`, the unit of the train/held-out split: modules that
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,7 +29,7 @@ from famc.work.pystdlib_scan import (
 Document = dict[str, Any]
 
 # Modules that copy each other's documentation or code. A module not named here is its own group; what the
-# table misses, `_without_copies` removes.
+# table misses, `without_copies` removes.
 _GROUPS = {
     "bytes": "_compression bz2 gzip lzma zlib tarfile zipapp zipfile",
     "code": "ast compileall dis inspect opcode py_compile pyclbr symtable token tokenize",
@@ -127,7 +128,8 @@ def entries() -> tuple[Entry, ...]:
         if entry.name not in names and entry.doc not in kept:
             kept[entry.doc] = entry
             names.add(entry.name)
-    return tuple(sorted(_without_copies(kept.values()), key=lambda entry: entry.name))
+    alone = without_copies(kept.values(), lambda entry: (entry.summary, entry.doc))
+    return tuple(sorted(alone, key=lambda entry: entry.name))
 
 
 def grams(text: str, size: int = 8) -> set[tuple[str, ...]]:
@@ -136,17 +138,18 @@ def grams(text: str, size: int = 8) -> set[tuple[str, ...]]:
     return {tuple(words[at : at + size]) for at in range(max(1, len(words) - size + 1))}
 
 
-def _without_copies(found: Iterable[Entry]) -> Iterator[Entry]:
-    """Drop what shares `_NEAR` of its 8-grams with another group: a split by group must leak nothing."""
+def without_copies(found: Iterable[Entry], texts_of: Callable[[Entry], Sequence[str]]) -> Iterator[Entry]:
+    """Drop what has a text that shares `_NEAR` of its 8-grams with another group: a split by group must leak
+    nothing."""
     groups: dict[tuple[str, ...], str] = {}
     for entry in found:
-        texts = [grams(entry.summary), grams(entry.doc)]
+        texts = [grams(text) for text in texts_of(entry)]
         near = [
             sum(groups.get(gram, entry.group) != entry.group for gram in text) / len(text) for text in texts
         ]
         if max(near) < _NEAR:
             yield entry
-            for gram in texts[0] | texts[1]:
+            for gram in set[tuple[str, ...]]().union(*texts):
                 groups.setdefault(gram, entry.group)
 
 
@@ -254,14 +257,17 @@ def sentences(doc: str) -> list[str]:
     return parts
 
 
+def opening(doc: str) -> str:
+    """The first sentence as it stands, but on one line; with the second where it says too little."""
+    parts = sentences(doc)
+    return f"{parts[0]} {parts[1]}" if len(parts[0]) < _MIN_SUMMARY and len(parts) > 1 else parts[0]
+
+
 def summarize(doc: str) -> str:
     """The first sentence that reads on its own, or nothing."""
-    parts = sentences(doc)
-    text = parts[0]
-    if len(text) < _MIN_SUMMARY and len(parts) > 1:
-        text = f"{text} {parts[1]}"
-    for pattern, opening in _OPENINGS:
-        text = pattern.sub(opening, text)
+    text = opening(doc)
+    for pattern, better in _OPENINGS:
+        text = pattern.sub(better, text)
     text = text.rstrip(" .:;,!?") + "."
     balanced = text.count("`") % 2 == 0 and all(
         text.count(left) == text.count(right) for left, right in ("()", "[]")

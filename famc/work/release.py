@@ -1,14 +1,14 @@
 """`release`: a variant's finished folder, as the hub and its clients expect it.
 
-In: model, tokenizer, card, `export.<label>`. Out, by `format`: a Hugging Face model folder with README.md, onnx/ and
-genai_config.json; the same with the quantised weights of gptq or awq; or GGUF files with a Modelfile. And
+In: model, tokenizer, card, `export.<label>`. Out, by `format`: a Hugging Face model folder with README.md, onnx/ and,
+of a decoder, genai_config.json, or, of an embedder, sentence-transformers' files; the same with the quantised weights of gptq or awq; or GGUF files with a Modelfile. And
 release.json, the list of its files. Large files are hard links. At last a model folder is loaded as a user would load
 it; GGUF files were loaded by llama.cpp in their parity checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,22 @@ from transformers import AutoModelForCausalLM
 
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.steps.exports import CALIBRATED_FORMATS, GENAI_CONFIG, GENAI_ORDER
+from famc.steps.exports import (
+    CALIBRATED_FORMATS,
+    CONVERTING,
+    GENAI_CONFIG,
+    GENAI_ORDER,
+    TEXT,
+    VECTORS,
+    task_in,
+)
 from famc.store import link_or_copy
 from famc.work.checkpoint import HF_FILES, INDEX, WEIGHTS
+from famc.work.encoder_session import prompts_of
+from famc.work.export import copy_modules
 from famc.work.likelihood import document_start, encode_prompt, end_ids, load_tokenizer, without_bars
 from famc.work.scores import read_json, write_json
+from famc.work.try_encoder import try_encoder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,7 +43,9 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 MAX_NEW_TOKENS = 256
-REQUIRED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
+REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
+# of an embedder: what it writes before a text, by what the text is
+PROMPTS = ("query", "document")
 
 
 def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -87,7 +100,10 @@ def model_folder(
     if "card" in inputs:
         add("README.md", inputs["card"] / "README.md")
 
-    write_json(out / "config.json", config_of(weights, sorted(added)))
+    task = task_in(read_json(model / "config.json"), (model / "modules.json").is_file())
+    write_json(out / "config.json", config_of(weights, sorted(added), generates=task in (TEXT, CONVERTING)))
+    if task != TEXT:
+        return other_folder(job, model, weights, out, task)
     write_json(out / "tokenizer_config.json", with_template(model))
     tokenizer = load_tokenizer(out)
     if tokenizer.chat_template != load_tokenizer(inputs["tokenizer"]).chat_template:
@@ -100,12 +116,43 @@ def model_folder(
     graphs = [exports[f"onnx-{quant}"] for quant in GENAI_ORDER if f"onnx-{quant}" in exports]
     if graphs:  # onnxruntime-genai reads one graph of a folder
         write_json(out / GENAI_CONFIG, genai_of(graphs[0], out, tokenizer))
-    missing = [name for name in REQUIRED if not (out / name).is_file()]
+    complete(job, out, (*REQUIRED, "generation_config.json"))
+    return try_out(out, tokenizer, job.threads)
+
+
+def other_folder(job: Job, model: Path, weights: Path, out: Path, task: str) -> dict[str, Any]:
+    """What is particular to an embedder, a reranker, a masked LM or a T5: no chat template, and its own tokenizer, which
+    need not be the family's."""
+    write_json(out / "tokenizer_config.json", encoder_words(model))
+    required = [*REQUIRED, *copy_modules(model, out)]
+    if task == VECTORS:
+        prompts = prompts_of(model)
+        absent = [name for name in PROMPTS if name not in prompts]
+        exported = prompts_of(weights)
+        if absent or exported != prompts:
+            what = (
+                f"no prompt for {' and '.join(absent)} in {model}" if absent else f"{weights} has {exported}"
+            )
+            raise StepFailed(
+                f"{job.name}: prompts missing at export: {what}",
+                "without them a user gets other vectors than those that were measured: famc build makes it again",
+            )
+    if task == CONVERTING:
+        tokenizer = load_tokenizer(out)
+        made = generation_of(model, tokenizer, int(job.params["max_context"]))
+        write_json(out / "generation_config.json", made)
+        required.append("generation_config.json")
+    complete(job, out, required)
+    return try_encoder(out, task, job.threads)
+
+
+def complete(job: Job, out: Path, required: Sequence[str]) -> None:
+    """No file of these may be missing."""
+    missing = [name for name in required if not (out / name).is_file()]
     if missing:
         raise StepFailed(
             f"{job.name}: the model folder lacks {', '.join(missing)}", "famc build makes it again"
         )
-    return try_out(out, tokenizer, job.threads)
 
 
 def gguf_folder(
@@ -131,11 +178,14 @@ def gguf_folder(
     return {"ggufs": len(files)}
 
 
-def config_of(folder: Path, files: list[str]) -> dict[str, Any]:
-    """config.json with the cache on, the rotary base where older clients look for it, and what transformers.js must
+def config_of(folder: Path, files: list[str], *, generates: bool = True) -> dict[str, Any]:
+    """config.json with the cache on if it generates, the rotary base where older clients look for it, and what transformers.js must
     know of weights beside a graph."""
     config: dict[str, Any] = read_json(folder / "config.json")
-    config["use_cache"] = True  # training turns it off; without it each new token costs a whole forward pass
+    if generates:
+        config["use_cache"] = (
+            True  # training turns it off; without it each new token costs a whole forward pass
+        )
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         # transformers before 5, and much that reads its files, looks here, and takes 10000 in silence if it finds none
@@ -180,6 +230,14 @@ def with_template(folder: Path) -> dict[str, Any]:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     # of decoders; left out, transformers 4 adds token_type_ids, which `generate` then refuses
     config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    return config
+
+
+def encoder_words(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json without a chat template: with one, sentence-transformers renders a reranker's pairs as a
+    chat. A class and names of inputs that transformers 4 and transformers.js know."""
+    config = with_template(folder)
+    config.pop("chat_template", None)
     return config
 
 

@@ -44,6 +44,8 @@ _PACKAGES = (
     "datasets",
     "onnxruntime",
     "onnxruntime-genai",
+    "sentence-transformers",
+    "bm25s",
     "numpy",
 )
 

@@ -1,4 +1,4 @@
-"""Reading records: local files, a hub dataset, the standard library. A malformed one stops the step.
+"""Reading records: local files, a hub dataset, the standard library, installed packages. A malformed one stops the step.
 
 A record's id is its own `id`, else `file:line`. Its group is `group_field`; else a one-document file is its
 own group, and a record among others is its own.
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from famc.errors import StepFailed, did_you_mean
 from famc.steps.files import SUFFIXES, expand
-from famc.work.text import COLUMNS, Body, Message, Record, contents
+from famc.work.text import COLUMNS, Body, Message, Pair, Record, contents
 
 Row = tuple[int, Any]  # number from 1, value
 
@@ -36,11 +36,20 @@ def read(params: Mapping[str, Any], runtime: Mapping[str, Any]) -> Iterator[Reco
         return _hub(params)
     if origin == "pystdlib":
         return _pystdlib(params)
-    raise StepFailed(f"no worker reads sources of origin '{origin}' yet", "path, hf and pystdlib can be read")
+    if origin == "installed":
+        return _installed(params)
+    raise StepFailed(
+        f"no worker reads sources of origin '{origin}' yet", "path, hf, pystdlib and installed can be read"
+    )
 
 
 def skipped(params: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
-    """Files below a folder that are passed over, because their suffix says that they hold no data."""
+    """Files that are passed over: below a folder those whose suffix says that they hold no data, in a package those
+    that are no Python of this interpreter's version."""
+    if params["origin"] == "installed":
+        from famc.work.installed import package
+
+        return [path for name in sorted(params["installed"]) for path in package(name).unread]
     if params["origin"] != "path" or not Path(runtime["path"]).is_dir():
         return []
     return [str(path) for path in expand(Path(runtime["path"])) if _suffix(path) is None]
@@ -50,18 +59,28 @@ def skipped(params: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
 
 
 def _pystdlib(params: Mapping[str, Any]) -> Iterator[Record]:
-    from famc.work import pystdlib, pystdlib_chat
+    from famc.work import pystdlib, pystdlib_chat, pystdlib_pairs
 
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "source": pystdlib.source_documents,
         "docs": pystdlib.doc_documents,
         "questions": lambda: pystdlib_chat.question_documents(params["seed"]),
         "preferences": lambda: pystdlib_chat.preference_documents(params["seed"]),
+        "sentences": pystdlib_pairs.sentence_documents,
+        "names": pystdlib_pairs.name_documents,
+        "summaries": pystdlib_pairs.summary_documents,
     }
     for row in makers[params["pystdlib"]]():
         yield _record(
             {**params, "text_field": "text", "group_field": "group"}, row, f"pystdlib {row['id']}", row["id"]
         )
+
+
+def _installed(params: Mapping[str, Any]) -> Iterator[Record]:
+    from famc.work.installed import pair_documents
+
+    for row in pair_documents(params["installed"]):
+        yield _record({**params, "group_field": "group"}, row, f"installed {row['id']}", row["id"])
 
 
 def _hub(params: Mapping[str, Any]) -> Iterator[Record]:
@@ -317,10 +336,65 @@ def _preference(params: Mapping[str, Any], row: Mapping[str, Any], where: str) -
     return parts
 
 
+def _pair(params: Mapping[str, Any], row: Mapping[str, Any], where: str) -> Body:
+    query = _field(row, "query", where)
+    if not isinstance(query, str):
+        raise StepFailed(f"{where}: 'query' is {_named(query)} instead of text")
+    if not query.strip():
+        raise StepFailed(f"{where}: an empty query", "a query is a text that is searched for")
+    positives = _passages(row, "positive", where)
+    negatives = _passages(row, "negative", where)
+    if not positives:
+        hint = "" if {"positive", "positives"} & row.keys() else f"{did_you_mean('positive', row)}: "
+        raise StepFailed(
+            f"{where}: a pair without positives", f"{hint}'positive' is one passage, 'positives' a list"
+        )
+    texts = {_spaced(text) for text in positives}
+    if _spaced(query) in texts:
+        raise StepFailed(
+            f"{where}: a positive equal to the query", "a passage answers its query, it does not repeat it"
+        )
+    for index, text in enumerate(negatives):
+        if _spaced(text) in texts:
+            at = f"negatives[{index}]" if row.get("negatives") is not None else "negative"
+            raise StepFailed(f"{where}: {at} is also a positive", "take it out of one of the two")
+    return Pair(query, positives, negatives)
+
+
+def _passages(row: Mapping[str, Any], one: str, where: str) -> tuple[str, ...]:
+    """The passages that a record gives as one text (`positive`) or as a list (`positives`), each once; null, as
+    parquet says of a missing value, is none."""
+    many = f"{one}s"
+    single, several = row.get(one), row.get(many)
+    if single is not None and several is not None:
+        raise StepFailed(f"{where}: both '{one}' and '{many}'", f"write one of the two: {many} is a list")
+    if single is not None and not isinstance(single, str):
+        raise StepFailed(f"{where}: '{one}' is {_named(single)} instead of text", f"a list is '{many}'")
+    if several is not None and not isinstance(several, list):
+        hint = f"one text is '{one}'" if isinstance(several, str) else '["…", …]'
+        raise StepFailed(f"{where}: '{many}' is {_named(several)} instead of a list of texts", hint)
+    given = [single] if single is not None else several or []
+    for index, text in enumerate(given):
+        at = f"{many}[{index}]" if single is None else f"'{one}'"
+        if not isinstance(text, str):
+            raise StepFailed(f"{where}: {at} is {_named(text)} instead of text")
+        if not text.strip():
+            raise StepFailed(f"{where}: {at} is empty", "a passage is a text that can be found")
+    once: dict[str, str] = {}
+    for text in given:
+        once.setdefault(_spaced(text), text)
+    return tuple(once.values())
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
 _BODIES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], str], Body]] = {
     "text": _text,
     "messages": _conversation,
     "preference": _preference,
+    "pairs": _pair,
 }
 
 

@@ -1,7 +1,7 @@
 """What the data workers share: bodies of records, parquet files whose bytes repeat, draws that all agree on.
 
-A body is text, a conversation, or a preference (prompt, chosen, rejected: each a list of messages). On disk
-every column is a string: text as it is, messages as JSON.
+A body is text, a conversation, a preference (prompt, chosen, rejected: each a list of messages), or a query
+with its passages. On disk every column is a string: text as it is, messages and lists of passages as JSON.
 """
 
 from __future__ import annotations
@@ -19,10 +19,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Message = dict[str, str]
-Body = str | list[Message] | dict[str, list[Message]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query, the passages that answer it, at least one, and passages that are known not to."""
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+
+
+Body = str | list[Message] | dict[str, list[Message]] | Pair
 
 # format -> the columns that hold its body
-COLUMNS = {"text": ("text",), "messages": ("messages",), "preference": ("prompt", "chosen", "rejected")}
+COLUMNS = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "pairs": ("query", "positives", "negatives"),
+}
 
 _ROW_GROUP_BYTES, _ROW_GROUP_ROWS = 8_000_000, 4096
 
@@ -41,6 +57,8 @@ def contents(body: Body) -> list[str]:
     """Every text of a body, in order."""
     if isinstance(body, str):
         return [body]
+    if isinstance(body, Pair):
+        return [body.query, *body.positives, *body.negatives]
     messages = body if isinstance(body, list) else [m for part in body.values() for m in part]
     return [message["content"] for message in messages]
 
@@ -54,6 +72,10 @@ def mapped(body: Body, change: Callable[[str], str]) -> Body:
     """A body with every text changed."""
     if isinstance(body, str):
         return change(body)
+    if isinstance(body, Pair):
+        return Pair(
+            change(body.query), tuple(map(change, body.positives)), tuple(map(change, body.negatives))
+        )
     if isinstance(body, list):
         return [{"role": m["role"], "content": change(m["content"])} for m in body]
     return {
@@ -70,6 +92,9 @@ def to_columns(body: Body) -> dict[str, str]:
     """A body as its columns on disk."""
     if isinstance(body, str):
         return {"text": body}
+    if isinstance(body, Pair):
+        sides = {"positives": dumps(body.positives), "negatives": dumps(body.negatives)}
+        return {"query": body.query, **sides}
     return (
         {"messages": dumps(body)}
         if isinstance(body, list)
@@ -84,12 +109,26 @@ def from_columns(row: dict[str, Any]) -> Body:
     if "messages" in row:
         messages: list[Message] = json.loads(row["messages"])
         return messages
+    if "query" in row:
+        return Pair(
+            str(row["query"]), tuple(json.loads(row["positives"])), tuple(json.loads(row["negatives"]))
+        )
     return {part: json.loads(row[part]) for part in COLUMNS["preference"]}
 
 
 def digest(body: Body) -> bytes:
-    """sha256 of a body: of its text, or of its canonical JSON."""
-    return hashlib.sha256((body if isinstance(body, str) else dumps(body)).encode()).digest()
+    """sha256 of a body: of its text, or of its canonical JSON; of a pair without its negatives, which only
+    accompany it."""
+    if isinstance(body, Pair):
+        text = dumps([body.query, body.positives])
+    else:
+        text = body if isinstance(body, str) else dumps(body)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def same(text: str) -> str:
+    """What is left of a text where white space and case do not count: equal for copies."""
+    return " ".join(text.casefold().split())
 
 
 def dumps(value: Any) -> str:
@@ -114,11 +153,12 @@ def limit_threads(threads: int) -> None:
 
 
 class Writer:
-    """A parquet file of string columns, row group by row group."""
+    """A parquet file of string columns, row group by row group; those in `numbers` hold float64."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, columns: tuple[str, ...], numbers: tuple[str, ...] = ()) -> None:
         self.columns = columns
-        self.schema = pa.schema([pa.field(name, pa.string(), nullable=False) for name in columns])
+        types = {name: pa.float64() if name in numbers else pa.string() for name in columns}
+        self.schema = pa.schema([pa.field(name, type_, nullable=False) for name, type_ in types.items()])
         self.writer = pq.ParquetWriter(
             path,
             self.schema,
@@ -127,20 +167,21 @@ class Writer:
             use_dictionary=False,
             store_schema=False,
         )
-        self.rows: list[tuple[str, ...]] = []
+        self.rows: list[tuple[str | float, ...]] = []
         self.bytes = 0
 
-    def add(self, row: tuple[str, ...]) -> None:
+    def add(self, row: tuple[str | float, ...]) -> None:
         """Append a row, given in the order of the columns."""
         self.rows.append(row)
-        self.bytes += sum(map(len, row))
+        self.bytes += sum(len(value) if isinstance(value, str) else 8 for value in row)
         if self.bytes >= _ROW_GROUP_BYTES or len(self.rows) >= _ROW_GROUP_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write what is waiting as one row group."""
         if self.rows:
-            arrays = [pa.array(column, pa.string()) for column in zip(*self.rows, strict=True)]
+            columns = zip(self.schema, zip(*self.rows, strict=True), strict=True)
+            arrays = [pa.array(values, column.type) for column, values in columns]
             self.writer.write_table(pa.Table.from_arrays(arrays, schema=self.schema))
             self.rows, self.bytes = [], 0
 

@@ -7,11 +7,13 @@ alone, so a killed job that resumes, or another micro-batch, reads the same rows
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ import numpy as np
 import torch
 from transformers import (  # one import: transformers loads lazily
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -28,9 +29,12 @@ from transformers import (  # one import: transformers loads lazily
     TrainingArguments,
 )
 
+from famc.cost.shape import ENCODER_DECODERS, ENCODERS
 from famc.errors import StepFailed
 from famc.job import Job
+from famc.work.arch import auto_class, inherit, new_config
 from famc.work.loss import Teacher, head_loss
+from famc.work.marks import save_marked
 from famc.work.optim import make_optimizer, schedule
 from famc.work.rows import IGNORE, Rows
 from famc.work.runner import CHECKPOINTS
@@ -55,34 +59,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def new_model(shape: Mapping[str, Any], tokenizer: Any, seed: int) -> PreTrainedModel:
-    """A model with random weights: normal, sd 0.02, as GPT-2 and Llama; transformers' own initialisation."""
-    moe = shape["moe"]
-    values: dict[str, Any] = {
-        "vocab_size": shape["vocab"],
-        "hidden_size": shape["hidden"],
-        "intermediate_size": shape["ffn"],
-        "num_hidden_layers": shape["layers"],
-        "num_attention_heads": shape["heads"],
-        "num_key_value_heads": shape["kv_heads"],
-        "head_dim": shape["head_dim"],
-        "max_position_embeddings": shape["context"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape["rope_theta"]},
-        "tie_word_embeddings": shape["tie"],
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "use_cache": False,
-    }
-    if moe:
-        values |= {
-            "num_experts": moe["experts"],
-            "num_experts_per_tok": moe["active"],
-            "moe_intermediate_size": moe["ffn"],
-            "norm_topk_prob": True,
-        }
-    config = AutoConfig.for_model(shape["arch"], **values)
+    """A model with random weights, by transformers' own initialisation: normal, sd 0.02, as GPT-2 and Llama;
+    t5's by the width of each matrix.
+    """
+    config = new_config(shape, tokenizer)
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(shape["arch"]).from_config(config, dtype=torch.float32)
     return model
 
 
@@ -90,13 +72,8 @@ def parent_model(folder: Path, shape: Mapping[str, Any]) -> PreTrainedModel:
     """The model that a step starts from, with the step's own positions and rotary base."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.use_cache = False
-    if shape["context"] > config.max_position_embeddings:
-        config.max_position_embeddings = shape["context"]
-    config.rope_parameters = {
-        **(config.rope_parameters or {"rope_type": "default"}),
-        "rope_theta": shape["rope_theta"],
-    }
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    inherit(config, shape)
+    model: PreTrainedModel = auto_class(shape["arch"]).from_pretrained(
         folder, config=config, dtype=torch.float32, local_files_only=True
     )
     return model
@@ -125,10 +102,13 @@ def start_model(job: Job, inputs: Mapping[str, Path], tokenizer: Any) -> PreTrai
                 lora_alpha=lora["alpha"],
                 lora_dropout=lora["dropout"],
                 target_modules=targets,
-                task_type="CAUSAL_LM",
+                task_type=ADAPTED.get(shape["arch"], "CAUSAL_LM"),
             ),
         )
     return model
+
+
+ADAPTED = {"t5": "SEQ_2_SEQ_LM", "bert": None, "modernbert": None}  # peft's word for what a model does
 
 
 def attention(context: int) -> str:
@@ -141,18 +121,30 @@ def save_model(
     model: Any, tokenizer_folder: Path, out: Path, tokenizer: Any, max_new_tokens: int = 256
 ) -> None:
     """A complete Hugging Face folder: weights in fp32, config, generation config, tokenizer with its
-    template.
+    template. An encoder's tokenizer has marks around a text instead, t5's an end.
     """
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    model.config.use_cache = True  # Trainer and training turn it off, and would write that into config.json
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
+    arch = model.config.model_type
+    if arch in ENCODERS:
+        if hasattr(model.config, "use_cache"):
+            del model.config.use_cache  # Trainer's: an encoder has no cache
+    else:  # Trainer and training turn it off, and would write that into config.json
+        model.config.use_cache = True
+        model.generation_config = GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        )
     model.save_pretrained(out, safe_serialization=True)
+    if arch in (*ENCODERS, *ENCODER_DECODERS):
+        marked = copy.deepcopy(tokenizer)
+        positions = "n_positions" if arch in ENCODER_DECODERS else "max_position_embeddings"
+        marked.model_max_length = getattr(model.config, positions, None) or tokenizer.model_max_length
+        save_marked(marked, arch, out)
+        return
     for name in TOKENIZER_FILES:
         if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, out / name)
@@ -181,6 +173,10 @@ def step_count(params: Mapping[str, Any], rows: int, batch_rows: int) -> int:
 
 # --- the loop -----------------------------------------------------------------------------------------------
 
+Order = np.ndarray[Any, np.dtype[np.int64]]
+# (examples' numbers in training order, global batch) -> (data set, how many tokens it has)
+Ordered = Callable[[Order, int], tuple[torch.utils.data.Dataset[Any], float]]
+
 
 class RowSet(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Rows in training order."""
@@ -200,18 +196,37 @@ class RowSet(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         }
 
 
+Batch = dict[str, torch.Tensor]
 # (batch, which of its tokens count) -> what the student follows there
-Follow = Callable[[dict[str, torch.Tensor], torch.Tensor], Teacher]
+Follow = Callable[[Batch, torch.Tensor], Teacher]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a loss is made of: hidden states before the output head and their labels, all of which count; the head's
+    weight; and, flat, which tokens of the batch's `labels` these are.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    kept: torch.Tensor
+
+
+Score = Callable[[Any, Batch], Scored]
+Collate = Callable[[list[Batch]], Batch]
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Trainer on packed rows, whose labels are shifted already. Losses are sums over the counted tokens of
-    the global batch, divided once: the same result whatever the micro-batch is.
+    """Trainer on rows whose labels are shifted already, or need no shift. Losses are sums over the counted tokens of
+    the global batch, divided once: the same result whatever the micro-batch is. `score` says what counts.
     """
 
-    def __init__(self, *args: Any, z_loss: float = 0.0, follow: Follow | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, score: Score, z_loss: float = 0.0, follow: Follow | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.z_loss, self.follow = z_loss, follow
+        self.score, self.z_loss, self.follow = score, z_loss, follow
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
 
@@ -223,23 +238,30 @@ class PackedTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         num_items_in_batch: Any = None,
     ) -> Any:
         """Nobody needs the logits: the loss is taken from the hidden states, in half the head's time on CPUs."""
-        causal = self.accelerator.unwrap_model(model)
-        if hasattr(causal, "get_base_model"):  # adapters sit inside the blocks
-            causal = causal.get_base_model()
-        labels = inputs["labels"].reshape(-1)
-        kept = labels != IGNORE
+        bare = self.accelerator.unwrap_model(model)
+        if hasattr(bare, "get_base_model"):  # adapters sit inside the blocks
+            bare = bare.get_base_model()
         with (
             self.accelerator.autocast()
         ):  # the trainer wraps the whole model's forward in it, not the blocks'
-            hidden = hidden_states(causal, inputs)
-        whole = bool(kept.all())
-        flat = hidden if whole else hidden[kept]
+            found = self.score(bare, inputs)
         loss = head_loss(
-            flat.float(), causal.get_output_embeddings().weight, labels if whole else labels[kept], bf16=self.args.bf16,
-            z_loss=self.z_loss, teacher=self.follow(inputs, kept) if self.follow else None,
+            found.hidden.float(), found.weight, found.labels, bf16=self.args.bf16, z_loss=self.z_loss,
+            teacher=self.follow(inputs, found.kept) if self.follow else None,
         )  # fmt: skip
-        loss = loss / (num_items_in_batch if num_items_in_batch is not None else kept.sum())
+        loss = loss / (num_items_in_batch if num_items_in_batch is not None else found.kept.sum())
         return (loss, None) if return_outputs else loss
+
+
+def score_causal(causal: Any, inputs: Batch) -> Scored:
+    """A decoder's: every token whose label counts."""
+    labels = inputs["labels"].reshape(-1)
+    kept = labels != IGNORE
+    hidden = hidden_states(causal, inputs)
+    weight = causal.get_output_embeddings().weight
+    if bool(kept.all()):
+        return Scored(hidden, weight, labels, kept)
+    return Scored(hidden[kept], weight, labels[kept], kept)
 
 
 def hidden_states(causal: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -340,27 +362,55 @@ def train_rows(
     job: Job, model: Any, rows: Rows, out: Path, *, follow: Follow | None = None
 ) -> dict[str, Any]:
     """Train a model on rows for the job's budget; returns the step's metrics."""
+
+    def ordered(order: Order, batch: int) -> tuple[RowSet, float]:
+        return RowSet(rows, order), float(len(order) * int(job.params["context"]))
+
+    metrics = train_examples(job, model, len(rows), ordered, out, follow=follow)
+    return {**metrics, **rows.facts}
+
+
+def stacked(items: list[Batch]) -> Batch:
+    """Rows of equal length as a batch."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def train_examples(
+    job: Job,
+    model: Any,
+    count: int,
+    ordered: Ordered,
+    out: Path,
+    *,
+    collate: Collate = stacked,
+    score: Score = score_causal,
+    follow: Follow | None = None,
+) -> dict[str, Any]:
+    """Train on `count` examples for the job's budget. `ordered` makes the data set from their numbers in training
+    order and the global batch; with it how many tokens that is.
+    """
     params = job.params
     batch = max(1, int(params["batch_tokens"]) // int(params["context"]))
-    steps = step_count(params, len(rows), batch)
-    order = row_order(len(rows), steps * batch, int(params["seed"]))
+    steps = step_count(params, count, batch)
+    data, tokens = ordered(row_order(count, steps * batch, int(params["seed"])), batch)
     optimizer = make_optimizer(model, params)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(params, steps))
-    watch = Watch(job, float(params["batch_tokens"]))
+    watch = Watch(job, tokens / steps)
     trainer = PackedTrainer(
         model=model,
         args=TrainingArguments(
             **arguments(job, out, steps=steps, batch=batch), train_sampling_strategy="sequential"
         ),
-        train_dataset=RowSet(rows, order),
-        data_collator=lambda items: {k: torch.stack([item[k] for item in items]) for k in items[0]},
+        train_dataset=data,
+        data_collator=collate,
         optimizers=(optimizer, scheduler),
         callbacks=[watch],
+        score=score,
         z_loss=float(params.get("z_loss") or 0.0),
         follow=follow,
     )
-    metrics = run_trainer(trainer, out, watch, tokens=steps * batch * int(params["context"]))
-    return {**metrics, **rows.facts, "steps": steps, "epochs": round(steps * batch / len(rows), 4)}
+    metrics = run_trainer(trainer, out, watch, tokens=tokens)
+    return {**metrics, "steps": steps, "epochs": round(steps * batch / count, 4)}
 
 
 def run_trainer(trainer: Trainer, out: Path, watch: Watch, *, tokens: float) -> dict[str, Any]:

@@ -28,7 +28,7 @@ EMBED, RANK = "feature-extraction", "text-ranking"
 ROWS = [
     (kind, task) for kind in ("bert", "modernbert", "qwen3", "qwen3-bidirectional") for task in (EMBED, RANK)
 ]
-QUANTS = ("fp32", "int8")
+QUANTS = ("fp32", "int8", "int4")
 TEXTS = DOCUMENTS[:9]  # lengths differ: every batch is padded
 PAIRS = [[query, document] for query in QUERIES[:3] for document in DOCUMENTS[:4]]
 JS_POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last_token"}
@@ -65,15 +65,15 @@ def exported(tmp_path_factory) -> Callable[[str, str], Exported]:
 
 
 def near(found: Any, wanted: np.ndarray, quant: str) -> None:
-    """torch's numbers to rounding; in int8 the same directions, or the same order."""
+    """torch's numbers to rounding; in int8 and int4 nearly the same directions, or the same order."""
     got = np.asarray(found, dtype=np.float64).reshape(wanted.shape)
     if quant == "fp32":
         assert np.abs(got - wanted).max() <= EXACT
     elif wanted.shape[1] > 1:
         cosine = (got * wanted).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1)
-        assert cosine.min() >= 0.99
+        assert cosine.min() >= {"int8": 0.99, "int4": 0.93}[quant]
     else:
-        assert np.corrcoef(got[:, 0], wanted[:, 0])[0, 1] >= 0.97
+        assert np.corrcoef(got[:, 0], wanted[:, 0])[0, 1] >= {"int8": 0.97, "int4": 0.95}[quant]
 
 
 @pytest.mark.parametrize("quant", QUANTS)

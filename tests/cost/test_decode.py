@@ -138,3 +138,29 @@ def test_a_precision_that_the_device_lacks():
     device = replace(load_accelerator("cpu").with_cores(2).device, peaks=(("fp32", 1e11),))
     how = decode.stored("torch", "bf16")
     assert decode.predict(SMALL, how, device, "torch", "bf16", prompt=8, tokens=8).prefill > 0
+
+
+@pytest.mark.parametrize("name", ["bert-base", "modernbert-base", "t5-base"])
+def test_readers_weigh_what_they_have(name):
+    """fp32: every parameter once, in the file and in a pass; the table is the head's own."""
+    shape = PRESETS[name]
+    how = decode.stored("onnx", "fp32")
+    assert decode.file_bytes(shape, how) == 4 * count(shape).total
+    assert decode.weight_bytes(shape, how) == 4 * (count(shape).total + shape.hidden)
+    assert decode.file_bytes(shape, decode.stored("onnx", "int8")) < 0.35 * decode.file_bytes(shape, how)
+
+
+def test_an_encoder_moves_no_cache_and_t5_that_of_both_texts():
+    how = decode.stored("onnx", "fp32")
+    assert decode.cache_bytes(PRESETS["bert-base"], how, 100) == 0
+    assert decode.cache_bytes(PRESETS["t5-base"], how, 99) == 2 * 12 * 768 * 4 * 100
+
+
+@pytest.mark.parametrize("name", ["bert-base", "modernbert-base", "t5-base"])
+def test_a_reader_has_a_prediction(name):
+    device = load_accelerator("cpu").with_cores(2).device
+    told = decode.predict(
+        PRESETS[name], decode.stored("torch", "fp32"), device, "torch", "fp32", prompt=128, tokens=8
+    )
+    assert told.prefill > told.decode > 0
+    assert told.first_token == pytest.approx(128 / told.prefill)

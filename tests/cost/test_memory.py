@@ -95,3 +95,35 @@ def test_a_small_run_on_a_cpu_is_of_the_measured_size() -> None:
     shape = Shape("qwen3", 4096, 6, 256, 768, 4, 2, 64, True, 512)
     held = memory.training(shape, Layout(micro_batch=8), 512, kind="cpu")
     assert held.total == pytest.approx(1.18e9, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["bert-base", "modernbert-base", "t5-base"])
+def test_readers_keep_state_like_decoders_and_recompute_less(name: str) -> None:
+    shape = PRESETS[name]
+    none, selective, full = (
+        memory.training(shape, Layout(recompute=r), 512) for r in ("none", "selective", "full")
+    )
+    assert state(none) == pytest.approx(16 * count(shape).total)
+    assert full.activations < selective.activations < none.activations
+    assert none.logits == pytest.approx((0.2 if name == "t5-base" else 1) * 512 * shape.vocab * 10)
+
+
+def test_activations_of_bert_are_those_of_the_papers_equation() -> None:
+    """Korthikanti et al. 2022, equation 1, without scores (flash attention) and dropout (24 of the 34 sbh stay
+    that are stored in 16 bits: 16h + 2 x 4h), and two fp32 copies for the norms."""
+    shape = PRESETS["bert-large"]
+    held = memory.training(shape, Layout(), 512)
+    assert held.activations == pytest.approx(512 * 24 * (32 + 8) * 1024)
+
+
+def test_t5_keeps_the_scores_that_its_bias_is_learnt_from() -> None:
+    shape = PRESETS["t5-base"]
+    short, long = (memory.training(shape, Layout(), n).activations / n for n in (512, 1024))
+    assert long - short == pytest.approx(12 * 2 * 2 * 12 * 512 * (0.9 * 0.9 + 0.2 * 1.1))
+
+
+def test_an_encoder_has_no_cache_and_t5_one_for_what_it_reads_and_writes() -> None:
+    bert, t5 = PRESETS["bert-base"], PRESETS["t5-base"]
+    assert memory.inference(bert, Layout(micro_batch=8), 512).kv_cache == 0
+    assert memory.inference(bert, Layout(micro_batch=8), 512).logits == 2048 * bert.vocab * 4
+    assert memory.inference(t5, Layout(), 512).kv_cache == 2 * 12 * 768 * 512 * 2

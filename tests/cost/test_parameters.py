@@ -1,10 +1,11 @@
 """Parameter counts against published ones and against transformers itself."""
 
 import os
+from typing import Any
 
 import pytest
 
-from famc.cost.parameters import count, lora
+from famc.cost.parameters import around, blocks, count, lora, matrices
 from famc.cost.shape import PRESETS, Moe, Shape
 
 # Exact totals of the published checkpoints (safetensors metadata; tied heads counted once).
@@ -18,7 +19,13 @@ PUBLISHED = {
     "llama3-3b": 3_212_749_824,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "bert-base": 109_514_298,
+    "bert-large": 335_174_458,
+    "modernbert-base": 149_655_232,
+    "modernbert-large": 395_881_664,
 }
+# T5 v1.1 has a head of its own, which transformers 5 ties: so many vocabulary rows more.
+UNTIED = {"t5-small": 76_961_152, "t5-base": 247_577_856, "t5-large": 783_150_080}
 
 TINY = [
     Shape("qwen3", 4096, 4, 128, 384, 4, 2, 32, True, 256),
@@ -27,11 +34,26 @@ TINY = [
     Shape("llama", 512, 5, 64, 160, 4, 4, 32, True, 256),
     Shape("qwen3_moe", 2048, 3, 128, 384, 4, 2, 48, True, 256, moe=Moe(8, 2, 96)),
 ]
+READERS = [
+    Shape("bert", 1000, 1, 64, 128, 2, 2, 32, True, 96),
+    Shape("bert", 2048, 5, 96, 400, 4, 4, 24, True, 512),
+    Shape("modernbert", 1000, 1, 64, 128, 2, 2, 32, True, 96),
+    Shape("modernbert", 2048, 7, 96, 200, 4, 4, 24, True, 512),
+    Shape("t5", 1000, 1, 64, 128, 2, 2, 32, True, 96),
+    Shape("t5", 2048, 4, 96, 200, 6, 6, 40, True, 512),
+]
+NEW_PRESETS = ("bert-base", "bert-large", "modernbert-base", "modernbert-large", *UNTIED)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_count_equals_the_published_checkpoint(name: str) -> None:
     assert count(PRESETS[name]).total == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", sorted(UNTIED))
+def test_count_equals_the_published_t5_but_for_its_head(name: str) -> None:
+    shape = PRESETS[name]
+    assert count(shape).total + shape.vocab * shape.hidden == UNTIED[name]
 
 
 def test_active_parameters_match_the_models_names() -> None:
@@ -51,8 +73,10 @@ def test_tying_saves_exactly_one_table() -> None:
     assert untied.embedding == 2 * tied.embedding
 
 
-def _transformers_config(shape: Shape) -> object:
+def _transformers_model(shape: Shape, **more: Any) -> Any:
+    """Built on the meta device: no memory, every weight."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     sizes = {
         "vocab_size": shape.vocab, "num_hidden_layers": shape.layers, "hidden_size": shape.hidden,
@@ -65,20 +89,65 @@ def _transformers_config(shape: Shape) -> object:
             "num_experts_per_tok": shape.moe.active,
             "moe_intermediate_size": shape.moe.ffn,
         }
-    return transformers.AutoConfig.for_model(shape.arch, **sizes)
+    if shape.arch in ("bert", "modernbert"):
+        sizes = {k: v for k, v in sizes.items() if k not in ("num_key_value_heads", "head_dim")}
+        sizes["max_position_embeddings"] = shape.context
+        sizes |= dict.fromkeys(
+            ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0
+        )
+    if shape.arch == "t5":
+        sizes = {
+            "vocab_size": shape.vocab, "num_layers": shape.layers, "d_model": shape.hidden, "d_ff": shape.ffn,
+            "num_heads": shape.heads, "d_kv": shape.head_dim, "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": shape.tie,
+        }  # fmt: skip
+    heads = {
+        "bert": "AutoModelForMaskedLM",
+        "modernbert": "AutoModelForMaskedLM",
+        "t5": "AutoModelForSeq2SeqLM",
+    }
+    made = getattr(transformers, heads.get(shape.arch, "AutoModelForCausalLM"))
+    config = transformers.AutoConfig.for_model(shape.arch, **(sizes | more))
+    with torch.device("meta"):
+        return made.from_config(config)
 
 
 @pytest.mark.parametrize(
-    "shape", [*TINY, *(PRESETS[n] for n in ("qwen3-0.6b", "llama3-1b", "llama3-8b", "qwen3-30b-a3b"))]
+    "shape",
+    [*TINY, *READERS]
+    + [PRESETS[n] for n in ("qwen3-0.6b", "llama3-1b", "llama3-8b", "qwen3-30b-a3b", *NEW_PRESETS)],
 )
 def test_count_equals_transformers(shape: Shape) -> None:
-    """Built on the meta device: no memory, every weight, difference 0."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = _transformers_config(shape)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    """Every weight, difference 0; encoders with the head that fills in masked tokens."""
+    model = _transformers_model(shape)
     assert count(shape).total == sum(p.numel() for p in model.parameters())
+
+
+def test_transformers_ties_t5_whatever_it_is_told() -> None:
+    """Why a Shape of t5 is always tied."""
+    shape = READERS[-1]
+    model = _transformers_model(shape, tie_word_embeddings=False)
+    assert count(shape).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", READERS)
+def test_matrices_are_all_linear_layers_below_the_head(shape: Shape) -> None:
+    torch = pytest.importorskip("torch")
+    model = _transformers_model(shape)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    assert matrices(shape) == sum(m.weight.numel() for m in linear)
+    small = sum(p.numel() for p in model.parameters()) - matrices(shape) - count(shape).embedding
+    assert blocks(shape) + around(shape) - matrices(shape) == small
+
+
+@pytest.mark.parametrize("shape", [TINY[0], *READERS])
+def test_lora_counts_what_peft_adds(shape: Shape) -> None:
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(
+        _transformers_model(shape), peft.LoraConfig(r=4, target_modules="all-linear")
+    )
+    assert lora(shape, 4) == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
 
 def test_lora_counts_what_peft_would_add() -> None:

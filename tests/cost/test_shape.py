@@ -93,6 +93,50 @@ def test_an_impossible_shape_is_refused(change: dict[str, Any]) -> None:
         Shape(**(good | change))
 
 
+@pytest.mark.parametrize("params", [2 * 10**6, 2 * 10**7, 10**8, 4 * 10**8, 10**9])
+@pytest.mark.parametrize("arch", ["bert", "modernbert", "t5"])
+def test_solve_finds_readers(arch: str, params: int) -> None:
+    shape = solve(arch, params, 8192 if params > 10**7 else 1024, context=512)
+    assert count(shape).total == pytest.approx(params, rel=0.02)
+    assert (shape.arch, shape.tie, shape.kv_heads) == (arch, True, shape.heads)
+    assert shape.heads * shape.head_dim == shape.hidden
+    assert 0.9 <= shape.ffn / shape.hidden <= 6.4
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [(109_514_298, "bert-base"), (395_881_664, "modernbert-large"), (222_903_552, "t5-base")],
+)
+def test_solve_looks_like_the_published_readers(params: int, name: str) -> None:
+    known = PRESETS[name]
+    found = solve(known.arch, params, known.vocab, context=known.context)
+    assert found.hidden == pytest.approx(known.hidden, rel=0.2)
+    assert found.layers == pytest.approx(known.layers, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arch": "bert", "kv_heads": 2}, {"arch": "t5", "kv_heads": 1}, {"arch": "modernbert", "tie": False},
+        {"arch": "t5", "tie": False}, {"arch": "bert", "head_dim": 16}, {"arch": "t5", "moe": Moe(4, 2, 64)},
+        {"arch": "modernbert", "hidden": 132, "head_dim": 33},
+    ],
+)  # fmt: skip
+def test_an_impossible_reader_is_refused(change: dict[str, Any]) -> None:
+    good: dict[str, Any] = {
+        "arch": "bert", "vocab": 512, "layers": 2, "hidden": 128, "ffn": 384, "heads": 4, "kv_heads": 4,
+        "head_dim": 32, "tie": True, "context": 128,
+    }  # fmt: skip
+    Shape(**good)
+    with pytest.raises(ValueError):
+        Shape(**(good | change))
+
+
+def test_only_rotary_positions_need_even_heads() -> None:
+    Shape("bert", 512, 2, 132, 384, 4, 4, 33, True, 128)
+    Shape("t5", 512, 2, 128, 384, 4, 4, 33, True, 128)
+
+
 def test_experts_a_token_uses_cannot_exceed_those_there_are() -> None:
     with pytest.raises(ValueError, match="active"):
         Moe(4, 8, 64)

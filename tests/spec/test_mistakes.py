@@ -13,6 +13,42 @@ from small_spec import SPEC
 from famc.errors import SpecError
 from famc.graph import open_family
 
+# --- a family with an encoder and pairs: what embedders and rerankers need
+EMB = "emb: {kind: embed, from: pretrain, data: pairs}"
+RANK = "rank: {kind: rerank, from: pretrain, data: pairs}"
+
+
+def emb(more: str) -> str:
+    return EMB.replace("pairs}", f"pairs, {more}}}")
+
+
+def rank(more: str) -> str:
+    return RANK.replace("pairs}", f"pairs, {more}}}")
+
+
+def finders(*stages: str, **sizes: str) -> list[tuple[str, str]]:
+    """Edits that add stages (line 26 and on), and publish some of them as `v-NAME` at these sizes; b is a bert."""
+    published = "".join(f"  v-{name}: {{stage: {name}, sizes: [{where}]}}\n" for name, where in sizes.items())
+    return [
+        (
+            "\ngroups: {small",
+            "\n  b: {arch: bert, layers: 2, hidden: 64, ffn: 128, heads: 2}\ngroups: {small",
+        ),
+        (
+            "prefs: {pystdlib: preferences}",
+            "prefs: {pystdlib: preferences}\n    pairs: {pystdlib: sentences}",
+        ),
+        ("kd}, sizes: all", "kd}, sizes: [s, m]"),
+        ("beta: 0.1}\n", "beta: 0.1}\n" + "".join(f"  {line}\n" for line in stages)),
+        ("eval: chat}\n", f"eval: chat}}\n{published}"),
+    ]
+
+
+def exported(variant: str, size: str, words: str) -> list[tuple[str, str]]:
+    """An edit that exports one of them."""
+    return [("exports:\n", f"exports:\n  - {{variants: [{variant}], sizes: [{size}], format: {words}}}\n")]
+
+
 # fmt: off
 MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
     # --- unknown keys
@@ -273,8 +309,8 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
     ("unknown architecture", [("type: qwen3", "type: qwen2")], [
         "3:14: arch.type: unknown architecture 'qwen2'; did you mean 'qwen3'?",
     ]),
-    ("encoder", [("type: qwen3", "type: modernbert")], [
-        "3:14: arch.type: architecture 'modernbert' is not supported yet: use one of qwen3, qwen3_moe, llama",
+    ("nothing like an architecture", [("type: qwen3", "type: xlnet")], [
+        "3:14: arch.type: unknown architecture 'xlnet'; known: bert, llama, modernbert, qwen3, qwen3_moe, t5",
     ]),
     ("size without dimensions", [("{layers: 2, hidden: 64, ffn: 128, heads: 2, kv_heads: 1, tie: true}", "{tie: true}")], [
         "5:3: sizes.s: give one of: layers, hidden, heads and ffn; a preset; or params",
@@ -349,10 +385,10 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
     ]),
     # --- data
     ("source from two origins", [("{pystdlib: questions}", "{pystdlib: questions, path: qa.jsonl}")], [
-        "15:5: data.sources.qa comes from path and pystdlib; give one of path, hf, pystdlib, synth",
+        "15:5: data.sources.qa comes from path and pystdlib; give one of path, hf, pystdlib, installed, synth",
     ]),
     ("source from nowhere", [("{pystdlib: questions}", "{format: messages}")], [
-        "15:5: data.sources.qa does not say where it comes from; give one of path, hf, pystdlib, synth",
+        "15:5: data.sources.qa does not say where it comes from; give one of path, hf, pystdlib, installed, synth",
     ]),
     ("hub source without revision", [("{pystdlib: docs, clean: text}", "{hf: me/docs}")], [
         "14:5: data.sources.docs: a hub dataset needs 'revision'; pin the commit, so that the data can't move",
@@ -516,7 +552,7 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
         "29:44: evals.chat: task 'lm_eval' needs 'tasks'; for example [arc_easy]",
     ]),
     ("tasks without lm_eval", [("{task: preference, data: prefs}", "{task: preference, tasks: [arc_easy]}")], [
-        "29:63: evals.chat: 'tasks' is only for lm_eval; remove it",
+        "29:63: evals.chat: 'tasks' is only for lm_eval and mteb; remove it",
     ]),
     ("unknown variant of an export", [("{variants: [base],", "{variants: [bass],")], [
         "31:17: exports.0: no variant is called 'bass'; did you mean 'base'?",
@@ -641,6 +677,178 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
     ("path that leaves the folder", [("path: release", "path: ../release")], [
         "42:26: release.path: '../release' leaves the output folder; use a folder name",
     ]),
+    # --- embedders and rerankers
+    ("embedder without a start", finders("emb: {kind: embed, data: pairs}", emb="b"), [
+        "26:3: stages.emb: kind 'embed' starts from a trained model: 'from' is missing; write it, or lexical: {} to begin as a bag of words (bert)",
+    ]),
+    ("embedder without a start that nothing publishes", finders("emb: {kind: embed, data: pairs}"), [
+        "26:3: stages.emb: kind 'embed' starts from a trained model: 'from' is missing; write it, or lexical: {} to begin as a bag of words (bert)",
+    ]),
+    ("embedder without a start at one of its sizes", finders("emb: {kind: embed, data: pairs, by: {b: {lexical: {}}}}", emb="b, s"), [
+        "26:3: stages.emb: kind 'embed' starts from a trained model: 'from' is missing; write it, or lexical: {} to begin as a bag of words (bert)",
+    ]),
+    ("bag of words with a parent", finders(emb("lexical: {}"), emb="b"), [
+        "26:51: stages.emb.lexical: a lexical start has no parent, and 'from' names one; keep one",
+    ]),
+    ("bag of words with a parent, at one size", finders(emb("by: {b: {lexical: {}}}"), emb="b"), [
+        "26:60: stages.emb.by.b.lexical: a lexical start has no parent, and 'from' names one; keep one",
+    ]),
+    ("bag of words of a decoder", finders("emb: {kind: embed, data: pairs, lexical: {}}", emb="s, b"), [
+        "26:35: stages.emb.lexical: only bert can begin as a bag of words, and size 's' is a qwen3; start from a trained model: set 'from'",
+    ]),
+    ("bag of words that is pooled elsewhere", finders("emb: {kind: embed, data: pairs, lexical: {}, pooling: mean}", emb="b"), [
+        "26:57: stages.emb.pooling: a lexical start gathers the words in the first token, which 'mean' does not read; leave it out",
+    ]),
+    ("weight of no teacher", finders(emb("alpha: 0.3"), emb="s"), [
+        "26:51: stages.emb.alpha: the weight of a teacher, and there is none; set teacher, or remove it",
+    ]),
+    ("weight of no teacher, in a group", finders(emb("by: {small: {alpha: 0.3}}"), emb="s"), [
+        "26:64: stages.emb.by.small.alpha: the weight of a teacher, and there is none; set teacher, or remove it",
+    ]),
+    ("more dimensions than there are", finders(emb("mrl: [32, 96]"), emb="s, m"), [
+        "26:61: stages.emb.mrl: 96 dimensions are more than the 64 of size 's'; at most 64",
+    ]),
+    ("more dimensions than there are, at one size", finders(emb("by: {b: {mrl: [65]}}"), emb="s, b"), [
+        "26:66: stages.emb.by.b.mrl: 65 dimensions are more than the 64 of size 'b'; at most 64",
+    ]),
+    ("no dimensions", finders(emb("mrl: [32, 0]"), emb="s"), [
+        "26:61: stages.emb.mrl.1: must be at least 1, not 0",
+    ]),
+    ("encoder made bidirectional", finders(emb("bidirectional: true"), emb="s, b"), [
+        "26:66: stages.emb.bidirectional: bert sees both ways already (size b); it is for qwen3",
+    ]),
+    ("llama made bidirectional", [("type: qwen3", "type: llama"), *finders(emb("bidirectional: true"), emb="s")], [
+        "26:66: stages.emb.bidirectional: llama can't be made to see what follows (size s); it is for qwen3",
+    ]),
+    ("decoder's first token", finders(emb("pooling: cls"), emb="b, s"), [
+        "26:60: stages.emb.pooling: the first token of a qwen3 has seen nothing (size s); last, or mean",
+    ]),
+    ("loss of another objective", finders(rank("objective: pairwise, loss: listnet"), rank="s"), [
+        "26:80: stages.rank.loss: 'listnet' is no loss of objective 'pairwise'; it has ranknet",
+    ]),
+    ("distilled reranker without a teacher", finders(rank("objective: distill"), rank="s"), [
+        "26:64: stages.rank.objective: 'distill' needs 'teacher'; a reranker: variant@size or stage@size",
+    ]),
+    ("teacher of an objective without one", finders(EMB, RANK.replace("rank:", "judge:"), rank("teacher: judge"), rank="s"), [
+        "28:53: stages.rank.teacher: objective 'pointwise' reads no teacher; set objective: distill",
+    ]),
+    ("embedder that learns from no embedder", finders(emb("teacher: base@m"), emb="s"), [
+        "26:60: stages.emb.teacher: 'base@m' is of kind 'pretrain', and embedders learn from embedders",
+    ]),
+    ("reranker that learns from an embedder", finders(EMB, rank("objective: distill, teacher: emb@m"), rank="s"), [
+        "27:82: stages.rank.teacher: 'emb@m' is of kind 'embed', and rerankers learn from rerankers",
+    ]),
+    ("embedder that learns from nobody", finders(emb("teacher: emd"), emb="s"), [
+        "26:60: stages.emb.teacher: no stage or variant is called 'emd'; did you mean 'emb'?",
+    ]),
+    ("embedder that learns from itself", finders(emb("teacher: emb"), emb="s"), [
+        "26:60: a step would need itself: s/emb <- s/emb; cut it at 'teacher'",
+    ]),
+    ("next token of an encoder", finders(rank("head: yes_no"), rank="s, b"), [
+        "26:59: stages.rank.head: a bert says no next token (size b); use classifier",
+    ]),
+    ("negatives by nobody", finders(rank("hard_negatives: {by: emb}"), rank="s"), [
+        "26:74: stages.rank.hard_negatives.by: no stage or variant is called 'emb'; known: base, dpo, instruct, kd, pretrain, rank, sft, v-rank",
+    ]),
+    ("negatives by a language model", finders(EMB, rank("hard_negatives: {by: base}"), rank="s"), [
+        "27:74: stages.rank.hard_negatives.by: 'base' is of kind 'distill', and embedders mine; known: bm25, emb",
+    ]),
+    ("negatives by a language model, at one size", finders(EMB, rank("by: {m: {hard_negatives: {by: sft}}}"), rank="s, m"), [
+        "27:83: stages.rank.by.m.hard_negatives.by: 'sft' is of kind 'sft', and embedders mine; known: bm25, emb",
+    ]),
+    ("negatives by what is not made at a size", finders(EMB, rank("hard_negatives: {by: v-emb}"), emb="s", rank="s, m"), [
+        "27:74: stages.rank.hard_negatives.by: variant 'v-emb' is not made at size 'm'; write v-emb@s",
+    ]),
+    ("negatives by the embedder that needs them", finders(emb("hard_negatives: {by: emb}"), emb="s"), [
+        "26:67: a step would need itself: s/emb <- s/emb; cut it at 'hard_negatives'",
+    ]),
+    ("negatives by an embedder that starts from it", finders(emb("hard_negatives: {by: emb2}"), "emb2: {kind: embed, from: emb, data: pairs}", emb="s"), [
+        "27:29: a step would need itself: s/emb <- s/emb2 <- s/emb; cut it at 'from'",
+    ]),
+    ("prompts that a later stage loses", finders(emb("prompts: {query: 'find: '}"), "emb2: {kind: embed, from: emb, data: pairs}", emb2="s, m"), [
+        "27:3: stages.emb2: 'emb' was trained with prompts, and this stage has none; write the same, or prompts: {}",
+    ]),
+    ("pooling that a later stage loses", finders("emb: {kind: embed, data: pairs, lexical: {}}", "emb2: {kind: embed, from: emb, data: pairs}", emb2="b"), [
+        "27:3: stages.emb2: 'emb' was trained with pooling cls, and this stage would have mean; write pooling: cls",
+    ]),
+    ("words that later stages read otherwise", finders(emb("text: words"), "emb2: {kind: embed, from: emb, data: pairs}", "rank: {kind: rerank, from: v-emb, data: pairs}", emb="s", emb2="s, m", rank="s"), [
+        "27:3: stages.emb2: 'emb' was trained with text words, and this stage would have as_is; write text: words",
+        "28:3: stages.rank: 'emb' was trained with text words, and this stage would have as_is; write text: words",
+    ]),
+    ("sight that a later stage loses", finders(emb("bidirectional: true"), "emb2: {kind: embed, from: emb, data: pairs}", emb2="s"), [
+        "27:3: stages.emb2: 'emb' was trained with bidirectional true, and this stage would have false; write bidirectional: true",
+    ]),
+    ("what is not for embedders", finders(emb("tokens: 5k, batch_tokens: 8192, lora: {r: 4}, rope_theta: 1e6"), emb="s"), [
+        "26:51: stages.emb.tokens: not for this kind; set steps or epochs",
+        "26:63: stages.emb.batch_tokens: not for this kind; set global_batch",
+        "26:83: stages.emb.lora: not for this kind yet",
+        "26:97: stages.emb.rope_theta: not for this kind; it keeps the parent's positions",
+    ]),
+    ("what is not for rerankers, at one size", finders(rank("by: {s: {tokens: 5k}}"), rank="s"), [
+        "26:62: stages.rank.by.s.tokens: not for this kind; set steps or epochs",
+    ]),
+    ("text for an embedder", finders("emb: {kind: embed, from: pretrain, data: docs}", emb="s"), [
+        "26:44: stages.emb.data: 'docs' is of format 'text', kind 'embed' reads pairs; for example pairs",
+    ]),
+    ("reranker without a parent", finders("rank: {kind: rerank, data: pairs}", rank="s"), [
+        "26:3: stages.rank: kind 'rerank' starts from a trained model: 'from' is missing; known: dpo, kd, pretrain, sft",
+    ]),
+    ("no negative", finders(rank("hard_negatives: {k: 0}"), rank="s"), [
+        "26:73: stages.rank.hard_negatives.k: must be at least 1, not 0",
+    ]),
+    ("misspelt objective", finders(rank("objective: pairwse"), rank="s"), [
+        "26:64: stages.rank.objective: unknown value 'pairwse'; did you mean 'pairwise'?",
+    ]),
+    ("block size of an embedder's int8", finders(EMB, emb="s") + exported("v-emb", "s", "onnx, quant: int8, block_size: 32"), [
+        "35:64: exports.0: 'block_size' is for onnx int4, and language models; s/v-emb is for feature-extraction; remove it",
+    ]),
+    ("options of language models on an embedder", finders(EMB, emb="s") + exported("v-emb", "s", "onnx, quant: int4, lm_head: int8, embeddings: int8, calibrate: {data: qa}, mixed: {max_drop: 0.01}"), [
+        "35:64: exports.0: 'lm_head' is for language models; s/v-emb is for feature-extraction; remove it",
+        "35:79: exports.0: 'embeddings' is for language models; s/v-emb is for feature-extraction; remove it",
+        "35:97: exports.0: 'calibrate' is for language models; s/v-emb is for feature-extraction; remove it",
+        "35:120: exports.0: 'mixed' is for language models; s/v-emb is for feature-extraction; remove it",
+    ]),
+    ("options of language models on an embedder among them", [*finders(EMB, emb="s"), ("variants: [instruct], sizes: both", "variants: [instruct, v-emb], sizes: both, lm_head: int4")], [
+        "36:48: exports.1: 'lm_head' is for language models; s/v-emb is for feature-extraction; remove it, or export v-emb on its own",
+    ]),
+    ("calibrated int4 of an embedder", finders(EMB, emb="s") + exported("v-emb", "s", "onnx, quant: int4, algorithm: gptq"), [
+        "35:75: exports.0: gptq looks at data, as only language models' exports do; s/v-emb is for feature-extraction; take k_quant, rtn or hqq",
+    ]),
+    ("no symmetric search for zero points in an embedder", finders(EMB, emb="s") + exported("v-emb", "s", "onnx, quant: int4, algorithm: hqq, symmetric: true"), [
+        "35:91: exports.0: hqq searches for zero points, so it can't be symmetric; leave symmetric out, or take rtn",
+    ]),
+    ("gptq of an embedder", finders(EMB, emb="s") + exported("v-emb", "s", "gptq, bits: 4, calibrate: {data: qa}"), [
+        "35:45: exports.0: gptq 4 does not support feature-extraction models of architecture 'qwen3' (size s); the nearest that is supported is onnx int4; also onnx int8, safetensors bf16, safetensors fp32, onnx fp32",
+    ]),
+    ("awq of a reranker", finders(RANK, rank="b") + exported("v-rank", "b", "awq, bits: 4, calibrate: {data: qa}"), [
+        "35:46: exports.0: awq 4 does not support text-ranking models of architecture 'bert' (size b); the nearest that is supported is onnx int4; also onnx int8, safetensors bf16, safetensors fp32, onnx fp32",
+    ]),
+    ("fp16 of an embedder", finders(EMB, emb="s") + exported("v-emb", "s", "onnx, quant: fp16"), [
+        "35:45: exports.0: onnx fp16 does not support feature-extraction models of architecture 'qwen3' (size s); the nearest that is supported is onnx int8; also onnx int4, onnx fp32, safetensors bf16, safetensors fp32",
+    ]),
+    ("int4 of a masked language model", finders("mlm: {kind: pretrain, data: text}", mlm="b") + exported("v-mlm", "b", "onnx, quant: int4"), [
+        "35:45: exports.0: onnx int4 does not support fill-mask models of architecture 'bert' (size b); the nearest that is supported is safetensors bf16; also safetensors fp32",
+    ]),
+    # --- installed packages
+    ("package twice", [("    qa:    {", "    lib:   {installed: [torch, scikit-learn, SciKit_Learn, torch]}\n    qa:    {")], [
+        "15:46: data.sources.lib.installed: 'SciKit_Learn' is package 'scikit-learn' again; remove it",
+        "15:60: data.sources.lib.installed: 'torch' is there twice; remove it",
+    ]),
+    ("no package", [("    qa:    {", "    lib:   {installed: []}\n    qa:    {")], [
+        "15:13: data.sources.lib.installed is empty; write at least one",
+    ]),
+    ("package that is none", [("    qa:    {", "    lib:   {installed: [torch, ../torch]}\n    qa:    {")], [
+        "15:32: data.sources.lib.installed.1: '../torch' can't be a name; use letters, digits, and . _ - inside",
+    ]),
+    ("one package without a list", [("    qa:    {", "    lib:   {installed: torch}\n    qa:    {")], [
+        "15:24: data.sources.lib.installed: expected a list, not 'torch'",
+    ]),
+    ("packages of another format", [("    qa:    {", "    lib:   {installed: [torch], format: text}\n    qa:    {")], [
+        "15:41: data.sources.lib: installed is of format 'pairs', not 'text'; remove 'format'",
+    ]),
+    ("packages beside a file", [("    qa:    {", "    lib:   {installed: [torch], path: docs.jsonl}\n    qa:    {")], [
+        "15:5: data.sources.lib comes from path and installed; give one of path, hf, pystdlib, installed, synth",
+    ]),
 ]
 # fmt: on
 
@@ -674,6 +882,18 @@ def test_mistake_is_told_with_place_and_cure(edits: list[tuple[str, str]], expec
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     assert mistakes_in(text) == expected
+
+
+@pytest.mark.usefixtures("folder")
+def test_embedders_and_rerankers_without_a_mistake() -> None:
+    """What the cases above change: were it wrong itself, they would show nothing."""
+    text = SPEC
+    more = "emb2: {kind: embed, from: emb, data: pairs, prompts: {}, pooling: mean}"
+    lexical = "bag: {kind: embed, data: pairs, lexical: {}}"
+    for old, new in finders(EMB, more, lexical, RANK, emb="s, m, b", emb2="b", bag="b", rank="s, m, b"):
+        text = text.replace(old, new)
+    Path("family.yaml").write_text(text)
+    assert {"b/bag", "b/emb2", "m/rank"} <= set(open_family(Path("family.yaml")).nodes)
 
 
 @pytest.mark.usefixtures("folder")

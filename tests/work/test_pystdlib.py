@@ -26,7 +26,9 @@ from famc.work.pystdlib import (
     summarize,
 )
 from famc.work.pystdlib_chat import preference_documents, question_documents
+from famc.work.pystdlib_pairs import name_documents, rest, sentence_documents, summary_documents
 from famc.work.pystdlib_scan import exists
+from famc.work.text import same
 
 SEED = 7
 
@@ -37,8 +39,9 @@ def by_name() -> dict[str, Entry]:
 
 
 def digest() -> str:
-    """One hash over all that the four products and the entries say."""
+    """One hash over all that the products and the entries say."""
     products = [entries(), *map(list, (source_documents(), doc_documents()))]
+    products += [list(sentence_documents()), list(name_documents()), list(summary_documents())]
     products += [list(question_documents(SEED, 500)), list(preference_documents(SEED, 500))]
     return hashlib.sha256(json.dumps(products, default=repr).encode()).hexdigest()
 
@@ -198,3 +201,67 @@ def test_fingerprint_is_cheap_and_stable() -> None:
     assert time.process_time() - start < 0.2  # measured: 0.004 s
     assert first == fingerprint()
     assert re.fullmatch(r"[0-9a-f]{64}", first)
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_first_sentence_finds_the_rest_of_its_docstring() -> None:
+    documents = {document["id"]: document for document in sentence_documents()}
+    assert len(documents) >= 1800
+    join = documents["sentence/os.path.join"]
+    assert join["query"].startswith("Join two or more pathname components")
+    assert join["positives"][0].startswith("If any component is an absolute path")
+    docs: dict[tuple[str, str], list[str]] = {}
+    for entry in entries():
+        docs.setdefault((entry.group, entry.summary), []).append(entry.doc)
+    for document in documents.values():
+        assert 1 <= len(document["positives"]) <= len(docs[document["group"], document["query"]])
+        for text in document["positives"]:
+            assert len(text) >= 40
+            assert any(
+                doc.endswith(text) and len(text) < len(doc)
+                for doc in docs[document["group"], document["query"]]
+            )
+    assert any(len(document["positives"]) > 1 for document in documents.values()), "one query, two objects"
+
+
+def test_a_name_finds_its_docstring(by_name: dict[str, Entry]) -> None:
+    documents = list(name_documents())
+    assert len(documents) >= 3500
+    for document in documents:
+        entry = by_name[document["query"]]
+        assert (document["id"], document["group"]) == (f"name/{entry.name}", entry.group)
+        assert document["positives"] == [entry.doc]
+
+
+def test_pairs_share_no_passage_and_nearly_none_across_groups() -> None:
+    for documents in (list(sentence_documents()), list(name_documents())):
+        passages = [(text, document["group"]) for document in documents for text in document["positives"]]
+        assert len({same(text) for text, _ in passages}) == len(passages)
+        groups: dict[tuple[str, ...], set[str]] = {}
+        for text, group in passages:
+            for gram in grams(text):
+                groups.setdefault(gram, set()).add(group)
+        near = [
+            text
+            for text, _ in passages
+            if sum(len(groups[gram]) > 1 for gram in grams(text)) >= 0.25 * len(grams(text))
+        ]
+        assert near == []
+
+
+def test_a_docstring_is_summarized_by_its_first_sentence(by_name: dict[str, Entry]) -> None:
+    documents = list(summary_documents())
+    assert len(documents) >= 1700
+    for document in documents:
+        user, assistant = document["messages"]
+        entry = by_name[document["id"].removeprefix("summary/")]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        assert assistant["content"] == entry.summary and document["group"] == entry.group
+        assert len(user["content"]) >= 60 and entry.doc.endswith(user["content"])
+    two = by_name[
+        "asyncio.AbstractServer.close"
+    ]  # a first sentence too short to stand alone takes the second
+    assert two.summary == "Stop serving. This leaves existing connections open."
+    assert "existing connections open" not in rest(two)
