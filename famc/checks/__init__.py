@@ -3,15 +3,16 @@ problems told.
 
 In: a Spec whose sections are each valid, perhaps with mistakes left out. Out: all problems, those of the
 reading first. names.py: what a name means; graph.py uses it too. shapes.py: sizes, tokenizer, hardware.
-data.py: sources and mixes. stages.py: edges between stages. retrieval.py: embedders and rerankers. publish.py: variants, evaluations, gates,
-release. exports.py: formats and devices.
+data.py: sources and mixes. stages.py: edges between stages. architectures.py: what each can be trained for.
+retrieval.py: embedders and rerankers. publish.py: variants, evaluations, gates, release. exports.py: formats
+and devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from famc.checks import data, exports, publish, retrieval, shapes, stages
+from famc.checks import architectures, data, exports, publish, retrieval, shapes, stages
 from famc.checks.names import Names, spec_files, split_ref
 from famc.errors import Problem
 from famc.spec.load import Spec
@@ -33,7 +34,7 @@ RULES: tuple[Rule, ...] = (
     stages.budgets,
     stages.overrides,
     stages.edges,
-    stages.architectures,
+    architectures.architectures,
     stages.teachers,
     retrieval.embedders,
     retrieval.rerankers,
