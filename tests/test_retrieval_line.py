@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_build import machine
 
+from famc.errors import SpecError
 from famc.graph import Graph, Node, resolve
 from famc.graph.published import ENCODER_LIMITS
 from famc.plan import Plan, keys, plan
@@ -373,3 +375,38 @@ def test_a_rehearsal_makes_small_what_groups_say(tmp_path: Path) -> None:
     assert made.nodes["e/emb"].params["mrl"] == (32,)
     assert made.nodes["e/emb"].params["hard_negatives"] == {"k": 2}
     assert planned(made, tmp_path).steps["e/emb"].status == "new"
+
+
+# --- gates that mean exports of every kind ------------------------------------------------------------------
+
+BACKENDS = "backends: {desk: {cpu: 2, ram: 8GB}}"
+
+
+def gated(line: str) -> tuple[str, str]:
+    return BACKENDS, f"gates: [{line}]\n{BACKENDS}"
+
+
+def limits(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: limit for name, limit in params["parity"].items() if limit is not None}
+
+
+def test_a_gate_on_every_export_asks_of_each_what_is_measured_of_it() -> None:
+    line = '{match: "*/*/export.onnx-*", parity: {tokenizer: exact, template: exact, kl: 0.1, ranking: 0.5}, max_drop: {points: 2}}'
+    made = graph(gated(line)).nodes
+    params = made["e/embedding/gate.onnx-int4"].params
+    cosine, _, drop = ENCODER_LIMITS["onnx-int4"]
+    assert limits(params) == {"tokenizer": "exact", "cosine": cosine, "ranking": 0.5, "ndcg": drop}
+    assert "max_drop" not in params
+    assert "cosine" not in limits(made["e/reranker/gate.onnx-int4"].params)
+
+
+def test_a_gate_whose_every_limit_is_measured_stands_as_it_is_written() -> None:
+    made = graph(gated('{match: "e/embedding/export.onnx-int4", parity: {cosine: 0.8}}')).nodes
+    assert limits(made["e/embedding/gate.onnx-int4"].params) == {"cosine": 0.8}
+
+
+def test_a_gate_of_which_nothing_can_be_measured_is_refused() -> None:
+    with pytest.raises(SpecError) as caught:
+        graph(gated('{match: "e/embedding/export.*", parity: {kl: 0.1}}'))
+    (problem,) = caught.value.problems
+    assert "gates.0" in problem.message and "none of its limits is measured" in problem.message
