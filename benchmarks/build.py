@@ -181,6 +181,49 @@ def quality(table: Table, made: Plan, store: Store, *, promised: bool) -> None:
                 f"{size}/instruct {quant}: perplexity against fp32", f"{ratio:+.2%}", "<= +3 %", ratio <= 0.03
             )
 
+    if "e/embedding/eval.search" in made.steps:
+        found = results("e/embedding/eval.search")
+        for source, kind in (("", "questions in words"), (".names", "symbols")):
+            ours, words, fused = (
+                found[f"{name}{source}"] for name in ("ndcg@10", "bm25_ndcg@10", "fused_ndcg@10")
+            )
+            low, high = ours["interval"]
+            text = f"{ours['value']:.3f} ({low:.3f} to {high:.3f})"
+            bar = f"BM25 {words['value']:.3f}"
+            holds = ours["value"] > words["value"]
+            table.line(f"e/embedding, {kind}: nDCG@10", text, bar, holds if promised and not source else None)
+            best = max(ours["value"], words["value"])
+            if source:
+                check(
+                    f"with BM25, {kind}: nDCG@10",
+                    f"{fused['value']:.3f}",
+                    f"> {best:.3f}",
+                    fused["value"] > best,
+                )
+            else:
+                table.line(f"with BM25, {kind}: nDCG@10", f"{fused['value']:.3f}", f"{best:.3f} alone")
+        gain = found["over_bm25"]
+        low, high = gain["interval"]
+        table.line("e/embedding over BM25", f"{gain['value']:+.1%} ({low:+.1%} to {high:+.1%})")
+        kept = found["mrl_kept"]["value"]
+        check("e/embedding at a quarter of its dimensions", f"{kept:.3f} of nDCG@10", ">= 0.95", kept >= 0.95)
+        base_search = results("m/base/eval.search")["ndcg@10"]["value"]
+        check("e/embedding against the un-tuned base", f"{found['ndcg@10']['value']:.3f}", f"> {base_search:.3f}",
+              found["ndcg@10"]["value"] > base_search)  # fmt: skip
+        for quant in ("fp32", "int8", "int4"):
+            same = metrics(f"e/embedding/parity.onnx-{quant}")
+            table.line(
+                f"e/embedding {quant}: cosine to torch, drop of nDCG@10",
+                f"{same['cosine_mean']:.5f}, {same['ndcg_drop']:+.2%}",
+            )
+        line = [step for step in made.steps if step.startswith("e/") or step in SEARCH]
+        seconds = sum(store.record(step, made.steps[step].key)["seconds"] for step in line)
+        check("search: all its steps, one after the other", f"{seconds:.0f} s", "<= 240 s", seconds <= 240)
+
+
+# what the example would not build without its embedder, beside what is at size e
+SEARCH = ("data/sentences", "data/names", "data/manual", "mix/search", "m/base/eval.search")
+
 
 def baselines(made: Plan, store: Store) -> tuple[float, dict[str, float]]:
     """Bits per byte of a 5-gram model trained on the same tokens, and of gzip -9 and xz, on what the evaluation read."""

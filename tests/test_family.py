@@ -50,7 +50,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_variant_is_released_with_its_files(built: Path) -> None:
     index = json.loads((built / "release" / "family.json").read_text())
     assert {(v["size"], v["variant"]) for v in index["variants"]} == {
-        (s, v) for s in ("m", "s") for v in ("base", "instruct")
+        *((s, v) for s in ("m", "s") for v in ("base", "instruct")),
+        ("e", "embedding"),
     }
     for variant in index["variants"]:
         folder = built / "release" / variant["folder"]
@@ -59,9 +60,13 @@ def test_every_variant_is_released_with_its_files(built: Path) -> None:
             "model.safetensors",
             "tokenizer.json",
             "tokenizer_config.json",
-            "generation_config.json",
             "README.md",
         }
+        if variant["variant"] == "embedding":
+            needed |= {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"}
+            needed |= {f"onnx/model{name}.onnx" for name in ("", "_int8", "_q4")}
+        else:
+            needed |= {"generation_config.json"}
         if variant["repo"].endswith("-GPTQ-Int4"):
             assert set(variant["exports"]) == {"gptq-4"}
         elif variant["variant"] == "instruct":

@@ -35,8 +35,10 @@ def shrink(family: Family) -> Iterator[tuple[Path, Any]]:
         yield ("sizes", name), _size(family, size)
     if family.tokenizer.train_on is not None:
         yield ("tokenizer", "train_on", "bytes"), 300_000
-    for name in family.data.sources:
+    for name, source in family.data.sources.items():
         yield ("data", "sources", name, "n"), 200
+        if source.installed:  # all that is read to draw from it
+            yield ("data", "sources", name, "installed"), list(source.installed[-1:])
     for name, mix in family.data.mixes.items():
         if mix.tokens is not None:
             yield ("data", "mixes", name, "tokens"), TOKENS

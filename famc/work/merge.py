@@ -63,7 +63,9 @@ class Merger(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(merged[name])
-        return len(self.steps)  # the snapshots go with the checkpoints: a run that is killed now averages them again
+        return len(
+            self.steps
+        )  # the snapshots go with the checkpoints: a run that is killed now averages them again
 
 
 def merge_states(states: Iterable[Mapping[str, torch.Tensor]], method: str) -> State:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clients import clean_transformers, transformers_js
+from clients import clean_transformers, sentence_transformers, transformers_js
+from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from famc.steps.exports import CAPABILITIES, JS_DTYPES, ONNX_FILES, TEXT, folder_suffix, gguf_name
@@ -28,7 +29,7 @@ from famc.work.onnx_session import OnnxDecoder
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-GGUF = "exports.4={variants: [instruct], format: gguf, quant: [f16, q8_0, q4_0, q4_k_m]}"
+GGUF = "exports.5={variants: [instruct], format: gguf, quant: [f16, q8_0, q4_0, q4_k_m]}"
 BUILD = ["build", str(ROOT / "specs" / "pydoc.yaml"), "--profile", "quick", "--set", GGUF]
 EXACT = {"fp32", "fp16", "f16"}
 TOKENS, KL = 20, 0.05
@@ -83,7 +84,7 @@ def exports(built: Path) -> list[tuple[str, str, str, str]]:
 
 def test_the_release_holds_every_export_of_the_spec(built: Path) -> None:
     made = exports(built)
-    assert len(made) == 2 * (1 + 4 + 1 + 4)  # bf16; four ONNX; GPTQ; four GGUF
+    assert len(made) == 2 * (1 + 4 + 1 + 4) + 3  # bf16; four ONNX; GPTQ; four GGUF; the embedder's ONNX
     index = json.loads((built / "release" / "family.json").read_text())
     assert not [entry for entry in index["variants"] if "not_released" in entry]
     repos = {entry["repo"] for entry in index["variants"]}
@@ -95,6 +96,8 @@ def test_every_export_loads_in_every_client_of_its_row_and_answers_as_the_model(
     rows = {(row.format, row.quant): row for row in CAPABILITIES if row.task == TEXT and "qwen3" in row.archs}
     wrong, tried = [], set()
     for size, variant, fmt, quant in exports(built):
+        if variant == "embedding":
+            continue
         folder = released(built, size, variant, fmt, quant)
         model = source(built, size, variant)
         for runtime in rows[fmt, quant].runtimes:
@@ -104,6 +107,33 @@ def test_every_export_loads_in_every_client_of_its_row_and_answers_as_the_model(
                 wrong.append(f"{size}/{variant} {fmt} {quant} in {runtime}: {fault}")
     assert wrong == []
     assert len({runtime for _, _, runtime in tried}) == 5
+
+
+@pytest.mark.parametrize("quant", ["fp32", "int8", "int4"])
+def test_the_embedder_finds_the_same_in_every_client(built: Path, quant: str) -> None:
+    """Names in camelCase and snake_case among the texts: the tokenizer's words must be those of every client."""
+    folder = released(built, "e", "embedding", "onnx", quant)
+    pairs = heldout(next((built / "store" / "data").glob("names-*")), 12, ["query", "positives"])
+    texts = (
+        [str(p["query"]) for p in pairs]
+        + [json.loads(p["positives"])[0] for p in pairs]
+        + ["getHeader", "get_header"]
+    )
+    wanted = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    assert wanted[-1] == pytest.approx(wanted[-2], abs=1e-6), "one word, however it is written"
+    here = sentence_transformers(
+        {"task": "feature-extraction", "folder": str(folder), "file": ONNX_FILES[quant], "texts": texts}
+    )
+    asked = {"task": "feature-extraction", "folder": str(folder), "dtype": JS_DTYPES[quant], "texts": texts}
+    there = transformers_js(asked | {"pooling": "cls", "normalize": True})
+    least = {"fp32": 0.99999, "int8": 0.995, "int4": 0.98}[quant]
+    for name, found in (
+        ("onnx", here["onnx"]),
+        ("graph", there["sentence_embedding"]),
+        ("pipeline", there["pooled"]),
+    ):
+        assert (np.asarray(found) * wanted).sum(1).min() >= least, name
+    assert (np.asarray(here["torch"]) * wanted).sum(1).min() >= 0.99999
 
 
 # --- clients: "" or what is wrong --------------------------------------------------------------------------------------
