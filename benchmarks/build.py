@@ -68,7 +68,7 @@ def main() -> int:
         return 1 if table.failed else 0
     out = Path(tempfile.mkdtemp(prefix="famc-build-")) if args.fresh else args.out
     options = (["--profile", args.profile] if args.profile else []) + (["--smoke"] if args.smoke else [])
-    build(table, out, options, args.limit)
+    build(table, out, options, args.limit, whole=args.fresh)
     if not args.smoke:
         made = plan(open_family(SPEC, profile=args.profile), out)
         quality(table, made, Store(out / "store"), promised=args.profile is None)
@@ -79,7 +79,7 @@ def main() -> int:
     return 1 if table.failed else 0
 
 
-def build(table: Table, out: Path, options: list[str], limit: float | None) -> None:
+def build(table: Table, out: Path, options: list[str], limit: float | None, *, whole: bool) -> None:
     """`famc build`, timed from outside, with the share of CPU time spent in training and evaluation."""
     started = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -114,7 +114,9 @@ def build(table: Table, out: Path, options: list[str], limit: float | None) -> N
             "share of CPU time inside training and evaluation",
             f"{compute / cpu:.0%}",
             ">= 75 %",
-            compute / cpu >= 0.75 if not options else None,
+            compute / cpu >= 0.75
+            if whole and not options
+            else None,  # of what is left of a build, little trains
         )
     table.line("largest process", f"{peak / 1e9:.2f} GB", "<= 4 GB", peak <= 4e9)
 

@@ -98,6 +98,26 @@ def count(shape: Shape) -> Parameters:
     )
 
 
+def bare(shape: Shape) -> int:
+    """Without the output head: what an embedder keeps."""
+    h = shape.hidden
+    if shape.arch == "bert":
+        return count(shape).total - (h * h + 3 * h + shape.vocab)
+    if shape.arch == "modernbert":
+        return count(shape).total - (h * h + h + shape.vocab)
+    return count(shape).total - (0 if shape.tie else shape.vocab * h)
+
+
+def ranker(shape: Shape) -> int:
+    """With a head of one label in its place: BERT's behind its pooler, ModernBERT's behind a dense matrix and a norm."""
+    h = shape.hidden
+    if shape.arch == "bert":
+        return bare(shape) + h * h + h + h + 1
+    if shape.arch == "modernbert":
+        return bare(shape) + h * h + h + h + 1
+    return bare(shape) + h
+
+
 def lora(shape: Shape, rank: int) -> int:
     """Adapters on all linear layers but the output head: rank x (in + out) each (Hu et al., arXiv:2106.09685).
 

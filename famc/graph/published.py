@@ -9,6 +9,7 @@ from typing import Any
 
 from famc.checks import split_ref
 from famc.checks.publish import gate_means
+from famc.cost.parameters import bare, ranker
 from famc.errors import Problem, did_you_mean
 from famc.graph.exported import Exported
 from famc.graph.node import Node
@@ -270,7 +271,7 @@ class Published(Exported):
             lineage = self.lineage(model)
             params = {
                 "family": family.family.model_dump(), "size": size, "variant": variant, "lineage": lineage,
-                "shape": self.nodes[model].params["shape"], "parameters": self.params[size],
+                "shape": self.nodes[model].params["shape"], "parameters": self.parameters(model, size),
                 "licenses": self.licenses(model), "repo": self.repo(size, variant, suffix),
                 "base": self.repo(size, variant, "") if suffix else None,
                 "exports": {e.rpartition("export.")[2]: exporting.shown(self.nodes[e].params) for e in exports},
@@ -303,6 +304,12 @@ class Published(Exported):
             after=tuple(gates), work=others.SMALL, missing=missing,
         )  # fmt: skip
         self.add(node)
+
+    def parameters(self, model: str, size: str) -> int:
+        """How many the published weights are: embedders and rerankers have left the language model's head behind."""
+        kept = {exporting.VECTORS: bare, exporting.RANKING: ranker}
+        task = exporting.task_of(self.nodes[model].kind, self.shapes[size].arch)
+        return kept[task](self.shapes[size]) if task in kept else self.params[size]
 
     def lineage(self, model: str) -> list[str]:
         """Trained steps from the first to the model itself."""

@@ -58,7 +58,15 @@ MEANING = {
     "recall@100": "share of the right passages that are among the first hundred",
     "bm25_ndcg@10": "the same of BM25, which compares words and has learnt nothing",
     "fused_ndcg@10": "the same of both rankings together, by the sum of their standardised scores",
-    "first_stage_ndcg@10": "the same of the order that the reranker was given",
+    "over_bm25": "nDCG@10 over BM25's, as a share of it",
+    "fused_over_bm25": "that of both together over BM25's",
+    "fused_over_embedder": "that of both together over the embedder's",
+    "mrl_kept": "share of nDCG@10 that is left with the shortest vectors it was trained for",
+    "retriever_ndcg@10": "the same of the order that the reranker was given",
+    "retriever_recall": "share of the right passages that the reranker was given at all",
+    "over_retriever": "nDCG@10 over that of the order it was given, as a share of it",
+    "masked_loss": "-ln p of hidden tokens of held-out text",
+    "masked_accuracy": "share of them that were the model's first choice",
 }
 # what a model of a task is, and the sections of the card that are about it
 WHAT = {
@@ -155,7 +163,9 @@ def context(job: Job, inputs: Mapping[str, Path]) -> dict[str, Any]:
         "shape": params["shape"],
         "licenses": licenses,
         "unknown": [name for name, value in licenses.items() if not value or value == "unknown"],
-        "differing": sorted({v for v in licenses.values() if v and v not in ("unknown", family["license"])}),
+        "differing": sorted(
+            {v for v in licenses.values() if v and v.lower() not in ("unknown", family["license"].lower())}
+        ),
         "front": front_matter(family, params, made, task),
         "suites": _suites(inputs),
         "parities": parities,

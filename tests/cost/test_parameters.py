@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from famc.cost.parameters import around, blocks, count, lora, matrices
+from famc.cost.parameters import around, bare, blocks, count, lora, matrices, ranker
 from famc.cost.shape import PRESETS, Moe, Shape
 
 # Exact totals of the published checkpoints (safetensors metadata; tied heads counted once).
@@ -153,3 +153,20 @@ def test_lora_counts_what_peft_adds(shape: Shape) -> None:
 def test_lora_counts_what_peft_would_add() -> None:
     """Rank 8 on the seven linears of Llama-3-8B: 20,971,520, the figure peft prints."""
     assert lora(PRESETS["llama3-8b"], 8) == 20_971_520
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [s for s in (*TINY[:4], *READERS) if s.arch != "t5"] + [PRESETS["bert-base"], PRESETS["modernbert-base"]],
+)
+def test_embedders_and_rerankers_are_counted_without_the_head_that_they_lost(shape: Shape) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    config = _transformers_model(shape).config
+    config.num_labels = 1
+    pooler = {"add_pooling_layer": False} if shape.arch == "bert" else {}
+    with torch.device("meta"):
+        body = transformers.AutoModel.from_config(config, **pooler)
+        classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert bare(shape) == body.num_parameters()
+    assert ranker(shape) == classifier.num_parameters()
