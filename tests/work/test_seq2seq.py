@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     make_data(folder / "asked", [{"messages": chat} for chat in [*chats, *CHATS[:2]]])
     make_data(folder / "held", [{"text": text} for text in DOCUMENTS])
-    train(folder, folder / "model", "sft", steps=160)
+    train(folder, folder / "model", "sft", steps=240)
     return folder
 
 
