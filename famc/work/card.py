@@ -292,12 +292,13 @@ def _gates(job: Job, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def _samples(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Answers to conversations: a variant may be scored on searches as well, to be compared with."""
     found = []
     for role, folder in sorted(inputs.items()):
         path = folder / "samples.jsonl"
         if role.startswith("eval.") and path.is_file():
             found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return found
+    return [sample for sample in found if "prompt" in sample]
 
 
 # --- filters ----------------------------------------------------------------------------------------------

@@ -307,3 +307,15 @@ def test_the_card_has_the_same_bytes_each_time(tmp_path, made):
     job = Job.for_test("card", "card", CARD, inputs={r: (r, "k") for r in inputs})
     card.run(job, dict(reversed(inputs.items())), tmp_path)
     assert content(tmp_path) == content(made["card"])
+
+
+def test_searches_are_no_answers_of_a_language_model(tmp_path):
+    """A base that an embedder is compared with has samples of both."""
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    lines = [
+        {"id": "1", "query": "q", "found": []},
+        {"id": "2", "prompt": [], "answer": "a", "reference": "b"},
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [sample["id"] for sample in card._samples({"eval.search": folder})] == ["2"]
