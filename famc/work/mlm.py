@@ -36,8 +36,8 @@ class Masking:
 
 MASKING = {
     "bert": Masking(0.15, 0.8, 0.1),  # arXiv 1810.04805, section 3.1
-    # rate: arXiv 2412.13663, section 2.2. Its code keeps BERT's 80/10/10; the mask alone is no worse at such rates
-    # (arXiv 2202.08005, section 6)
+    # the rate that ModernBERT's paper gives (arXiv 2412.13663). The mask alone is this project's choice, the simplest one:
+    # what the authors put in the hidden places was not looked up
     "modernbert": Masking(0.30),
 }
 
