@@ -84,7 +84,7 @@ def test_an_embedders_parent_mines_for_it_and_the_familys_embedder_for_rerankers
     made = graph()
     mined = miner(made, "e/emb")
     assert mined.inputs == {"data": "mix/pairs", "tokenizer": "tokenizer", "model": "e/weak"}
-    assert mined.params == {"k": 3, "margin": 0.0, "methods": ["embedder", "bm25"], "depth": 100, "seed": 7}
+    assert mined.params == {"k": 3, "margin": 0.0, "methods": ["embedder", "bm25"], "depth": 100}
     assert miner(made, "e/rank").inputs["model"] == "e/emb"
     assert miner(made, "e/rank").params["k"] == 7
     assert (mined.size, mined.variant, mined.shape) == ("e", None, made.nodes["e/weak"].shape)

@@ -109,7 +109,7 @@ class Trained:
             at, name = embedder
             made["model"] = self.stage(at, name)
             shape = self.shapes[at]
-        params = mine_params(wanted.model_dump(), embedder is not None, self.family.family.seed)
+        params = mine_params(wanted.model_dump(), embedder is not None)
         by = "bm25" if embedder is None else f"{embedder[1]}" if embedder[0] == size else "-".join(embedder)
         base = address = f"{size}/mine/{inputs['data'].partition('/')[2]}.{by}"
         copy = 2

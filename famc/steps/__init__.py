@@ -49,7 +49,7 @@ KINDS: dict[str, Kind] = {
     "parity": Kind(1, "parity", None, "an export, reloaded and compared with its source"),
     "eval": Kind(1, "evaluate", None, "a suite of measurements"),
     "gate": Kind(1, "gate", None, "a condition that must hold"),
-    "card": Kind(2, "card", None, "the model card"),
+    "card": Kind(3, "card", None, "the model card"),
     "release": Kind(2, "release", None, "a variant's finished folder"),
 }
 STAGES: Mapping[str, type[StageSpec]] = {name: kind.stage for name, kind in KINDS.items() if kind.stage}

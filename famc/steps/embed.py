@@ -84,8 +84,7 @@ class Embed(Contrastive):
     )
 
     def lexical_seconds(self, data: Amount) -> float:
-        """CPU-seconds of the lexical start: about 6,000 pairs a second of one core, measured at hidden 512 (assumed
-        elsewhere)."""
+        """CPU-seconds of the lexical start: about 6,000 pairs a second of one core: assumed from one run at hidden 512."""
         return 0.0 if self.lexical is None else self.lexical.epochs * data.examples * (1 + self.cloze) / 6e3
 
     def rows_a_query(self) -> int:

@@ -78,7 +78,7 @@ class Capability:
 DENSE = ("qwen3", "llama")
 EVERY = (*DENSE, "qwen3_moe")
 # what reads a text in both directions, or may: an embedder or reranker is made from it
-ENCODERS = ("qwen3", "bert", "modernbert")
+READERS = ("qwen3", "bert", "modernbert")
 _ONNX = ("onnxruntime", "onnxruntime-genai", "transformers.js")
 _VECTORS = ("onnxruntime", "transformers.js", "sentence-transformers")
 _VLLM = "compressed-tensors, the layout that vLLM reads; vLLM itself is not tested here"
@@ -108,11 +108,11 @@ def _rows() -> Iterator[Capability]:
     for task in (VECTORS, RANKING):
         for quant in ("bf16", "fp32"):
             yield Capability(
-                task, "safetensors", quant, ENCODERS, "yes", ("transformers", "sentence-transformers")
+                task, "safetensors", quant, READERS, "yes", ("transformers", "sentence-transformers")
             )
             yield Capability(task, "safetensors", quant, ("llama", "qwen3_moe"), "later")
         for quant in ("fp32", "int8", "int4"):
-            yield Capability(task, "onnx", quant, ENCODERS, "yes", _VECTORS)
+            yield Capability(task, "onnx", quant, READERS, "yes", _VECTORS)
             yield Capability(task, "onnx", quant, ("llama", "qwen3_moe"), "later")
         for quant in ("f16", "q8_0", "q4_k_m"):
             yield Capability(task, "gguf", quant, EVERY, "later")

@@ -1,7 +1,7 @@
 """`mine`: hard negatives for a mix of pairs, by the embedder that will stand in front, by BM25, or by both.
 
 In: `data` (a mix of pairs) and, unless BM25 works alone, `model` (an embedder). Out: `negatives.parquet` and
-`stats.json`. Identity: how many negatives, how far below the positive, the methods and their depth, the seed; the data
+`stats.json`. Identity: how many negatives, how far below the positive, the methods and their depth; the data
 and the embedder by their keys, so that a newly trained embedder has its negatives mined anew.
 """
 
@@ -18,7 +18,7 @@ MOST_TOKENS = 512  # of a text that an encoder reads, unless its positions are f
 _DEPTH, _DEPTH_A_NEGATIVE = 100, 4
 
 
-def mine_params(hard_negatives: Mapping[str, Any], has_embedder: bool, seed: int) -> dict[str, Any]:
+def mine_params(hard_negatives: Mapping[str, Any], has_embedder: bool) -> dict[str, Any]:
     """The worker's parameters. `hard_negatives`: k and margin as the stage has them; methods and depth if given.
 
     By default both methods where there is an embedder: each finds what the other misses. Depth: the best 100 of each,
@@ -31,7 +31,6 @@ def mine_params(hard_negatives: Mapping[str, Any], has_embedder: bool, seed: int
         "margin": float(hard_negatives["margin"]),
         "methods": list(methods),
         "depth": int(hard_negatives.get("depth") or max(_DEPTH, _DEPTH_A_NEGATIVE * k)),
-        "seed": seed,
     }
 
 

@@ -43,6 +43,19 @@ def load_fitting(folder: Path, threads: int) -> Any:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout",
+    "embedding_dropout", "mlp_dropout",
+)  # fmt: skip
+
+
+def without_dropout(config: Any) -> None:
+    """Turn a parent's dropout off where the result must not depend on the micro-batch: it is drawn by pass."""
+    for name in DROPOUTS:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+
+
 NEXT_TOKEN = ("bits_per_byte", "preference", "lm_eval")  # what only decoders are asked
 
 

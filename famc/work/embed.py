@@ -22,17 +22,17 @@ from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 from famc.errors import StepFailed
 from famc.job import Job
 from famc.work import lexical
-from famc.work.arch import inherit, new_config
+from famc.work.arch import inherit, new_config, without_dropout
 from famc.work.contrast import InfoNCE
-from famc.work.encoder_folder import encoder_tokenizer, prompts_of, save_embedder
+from famc.work.encoder_folder import encoder_tokenizer, save_embedder
 from famc.work.likelihood import without_bars
 from famc.work.marks import marks_of
 from famc.work.merge import Merger
 from famc.work.optim import make_optimizer, schedule
 from famc.work.pair_data import Columns, Ordered, Pairs, read_pairs
-from famc.work.rerank import DROPOUTS
 from famc.work.runner import CHECKPOINTS
 from famc.work.scores import read_json, write_json
+from famc.work.search import Embedder
 from famc.work.training import Watch, arguments, row_order, run_trainer
 
 log = logging.getLogger(__name__)
@@ -104,9 +104,7 @@ def start_model(job: Job, inputs: Mapping[str, Path], tokenizer: Any) -> Any:
     config = AutoConfig.from_pretrained(inputs["model"], local_files_only=True)
     inherit(config, params["shape"])
     config.use_cache = False
-    for name in DROPOUTS:  # drawn by pass, so that micro-batches would differ
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
+    without_dropout(config)
     if params["bidirectional"]:
         config.is_causal = False  # not an argument: that one is dropped
     with without_bars():
@@ -134,7 +132,7 @@ def fit(
     batch = min(int(params["global_batch"]), len(pairs.rows))
     steps = int(params["steps"] or max(1, math.ceil(float(params["epochs"]) * len(pairs.rows) / batch)))
     order = row_order(len(pairs.rows), steps * batch, int(params["seed"]))
-    loss = _loss(job, model, pairs, _teacher(inputs, pairs))
+    loss = _loss(job, model, pairs, _teacher(job, inputs, pairs))
     dims = _dims(params)
     whole = MatryoshkaLoss(model, loss, matryoshka_dims=dims) if len(dims) > 1 else loss
     optimizer = make_optimizer(model, params)
@@ -196,18 +194,18 @@ def _dims(params: Mapping[str, Any]) -> list[int]:
     return sorted({*params["mrl"], int(params["shape"]["hidden"])}, reverse=True)
 
 
-def _teacher(inputs: Mapping[str, Path], pairs: Pairs) -> torch.Tensor | None:
+def _teacher(job: Job, inputs: Mapping[str, Path], pairs: Pairs) -> torch.Tensor | None:
     """The teacher's vectors of every text, once: [texts, its dimensions]."""
     if "teacher" not in inputs:
         return None
-    teacher = _load(inputs["teacher"], "cuda" if torch.cuda.is_available() else "cpu")
-    prompts = prompts_of(inputs["teacher"])
-    queries = {row.query for row in pairs.rows}
-    texts = [prompts.get("query" if n in queries else "document", "") + t for n, t in enumerate(pairs.texts)]
-    made: torch.Tensor = teacher.encode(
-        texts, batch_size=64, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
-    )
-    return made.float().cpu()
+    teacher = Embedder(inputs["teacher"], None, job.threads, job.precision)
+    asked = sorted({row.query for row in pairs.rows})
+    read = sorted(set(range(len(pairs.texts))) - set(asked))
+    made = torch.zeros(len(pairs.texts), teacher.dims[0])
+    for numbers, embed in ((asked, teacher.queries), (read, teacher.passages)):
+        if numbers:
+            made[numbers] = torch.from_numpy(embed([pairs.texts[n] for n in numbers]))
+    return made
 
 
 def _save(job: Job, bare: Any, tokenizer: Any, prompts: Mapping[str, str], out: Path) -> None:

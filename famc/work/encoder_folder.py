@@ -8,7 +8,6 @@ look for: see `save_tokenizer`. Nothing here decides: pooling, prompts and norma
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from tokenizers.processors import TemplateProcessing
 
 from famc.cost.shape import ENCODERS
 from famc.work.likelihood import load_tokenizer
-from famc.work.marks import marks_of, save_marked
-from famc.work.scores import read_json, write_json
+from famc.work.marks import marked, write_tokenizer
+from famc.work.scores import write_json
 
 PREFIXES = {"query", "document"}  # the names of prompts that sentence-transformers' search functions ask for
 POOLING = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}
@@ -51,53 +50,38 @@ WORDS = normalizers.Sequence(
 def encoder_tokenizer(folder: Path, arch: str, *, words: bool) -> Any:
     """The family's tokenizer as an encoder of this architecture uses it: with marks around a text and between the two
     of a pair, without a chat template, and with `words` reading lower-cased words."""
-    tokenizer = copy.deepcopy(load_tokenizer(folder))
-    tokenizer.chat_template = None  # sentence-transformers would render a reranker's pairs as chats
+    family = load_tokenizer(folder)
+    tokenizer = marked(family, arch) if arch in ENCODERS else _ended(family)
     if words:
         tokenizer.backend_tokenizer.normalizer = WORDS
-    vocabulary = tokenizer.get_vocab()
-    if arch in ENCODERS:
-        marks = marks_of(tokenizer)
-        cls, sep = (tokenizer.convert_ids_to_tokens(i) for i in (marks.cls, marks.sep))
-        single, pair, used = f"{cls} $A {sep}", f"{cls} $A {sep} $B {sep}", [cls, sep]
-        tokenizer.padding_side = "right"
-        tokenizer.model_input_names = [
-            "input_ids",
-            *(["token_type_ids"] if arch == "bert" else []),
-            "attention_mask",
-        ]
-    else:
-        end = END if END in vocabulary else tokenizer.eos_token
-        between = START if START in vocabulary else end
-        single, pair, used = f"$A {end}", f"$A {between} $B {end}", list(dict.fromkeys([between, end]))
-        tokenizer.padding_side = "left"  # the last token is last in every row, whatever reads it
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in used]
-    )
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Any, arch: str, out: Path, context: int) -> None:
-    """tokenizer.json and tokenizer_config.json. transformers 5 leaves out the class that others know, the names of the
-    inputs and the padding side: who then loads the folder pads on the right and passes token types."""
+def _ended(family: Any) -> Any:
+    """A decoder's: the end of a turn stands behind a text, and the start of one between the two of a pair."""
+    tokenizer = copy.deepcopy(family)
+    tokenizer.chat_template = None  # sentence-transformers would render a reranker's pairs as chats
+    vocabulary = tokenizer.get_vocab()
+    end = END if END in vocabulary else tokenizer.eos_token
+    between = START if START in vocabulary else end
+    used = list(dict.fromkeys([between, end]))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}",
+        pair=f"$A {between} $B {end}",
+        special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in used],
+    )
+    tokenizer.padding_side = "left"  # the last token is last in every row, whatever reads it
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, out: Path, context: int) -> None:
+    """Its files, with the longest text that the model reads."""
     made = copy.deepcopy(tokenizer)
     made.model_max_length = context
     made.backend_tokenizer.no_truncation()  # what the last call asked for: clients ask for theirs
     made.backend_tokenizer.no_padding()
-    names, side = list(made.model_input_names), made.padding_side
-    if arch in ENCODERS:  # names cls, sep, mask and unk, which clients of encoders ask for
-        save_marked(made, arch, out)
-    else:
-        made.save_pretrained(out)
-    settings = read_json(out / "tokenizer_config.json")
-    settings |= {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names, "padding_side": side,
-        "model_max_length": context,
-    }  # fmt: skip
-    settings.pop("chat_template", None)
-    (out / "chat_template.jinja").unlink(missing_ok=True)
-    write_json(out / "tokenizer_config.json", settings)
+    write_tokenizer(made, out)
 
 
 def save_embedder(
@@ -113,7 +97,7 @@ def save_embedder(
     """An embedder's folder: weights of the bare transformer, pooling, unit length, prompts and Matryoshka dimensions."""
     _with_cache(model)
     model.save_pretrained(out, safe_serialization=True)
-    save_tokenizer(tokenizer, str(model.config.model_type), out, context)
+    save_tokenizer(tokenizer, out, context)
     names = ("Transformer", "Pooling", "Normalize")
     # the modules' names before sentence-transformers 6, which all of its versions read
     modules = [
@@ -151,7 +135,7 @@ def save_reranker(model: Any, tokenizer: Any, out: Path, *, context: int) -> Non
     _with_cache(model)
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
     model.save_pretrained(out, safe_serialization=True)
-    save_tokenizer(tokenizer, str(model.config.model_type), out, context)
+    save_tokenizer(tokenizer, out, context)
 
 
 def _with_cache(model: Any) -> None:
@@ -160,9 +144,3 @@ def _with_cache(model: Any) -> None:
         model.config.__dict__.pop("use_cache", None)
     else:
         model.config.use_cache = True
-
-
-def prompts_of(folder: Path) -> dict[str, str]:
-    """The prompts that an embedder was trained with; none of a folder that names none."""
-    path = folder / EMBEDDER
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}) if path.is_file() else {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from famc.work.onnx_quantize import ACCURACY_LEVEL, DOMAIN, Recipe, _drop_unused, _take_place, _weights
+from famc.work.onnx_quantize import ACCURACY_LEVEL, DOMAIN, Recipe, drop_unused, stored_weights, take_place
 from famc.work.quantize import Quantized, quantize
 
 FEW = 16  # outputs, or rows of a table, up to which a matrix stays float
@@ -34,7 +34,7 @@ def quantize_encoder(program: ir.Model, recipe: Recipe) -> dict[str, float]:
                 packed = quantize(table, grid, recipe.algorithm if grid.bits == 4 else "rtn")
                 errors[name] = packed.error(table)
                 _replace_lookup(program.graph, node, packed)
-    _drop_unused(program.graph)
+    drop_unused(program.graph)
     used = {node.domain for node in ir.traversal.RecursiveGraphIterator(program.graph)}
     for domain in list(program.opset_imports):
         if domain not in used:  # ONNX Runtime writes down every domain that it knows
@@ -73,7 +73,7 @@ def _table(node: ir.Node) -> torch.Tensor | None:
 
 def _replace_product(graph: ir.Graph, node: ir.Node, packed: Quantized) -> None:
     rows, columns = packed.codes.shape
-    codes, scales, zeros = _weights(graph, f"{node.name}", packed)
+    codes, scales, zeros = stored_weights(graph, f"{node.name}", packed)
     attributes = {"K": columns, "N": rows, "bits": packed.grid.bits, "block_size": packed.grid.block_size,
                   "accuracy_level": ACCURACY_LEVEL}  # fmt: skip
     product = ir.node(
@@ -85,13 +85,13 @@ def _replace_product(graph: ir.Graph, node: ir.Node, packed: Quantized) -> None:
     if bias is not None:  # a Gemm's
         product.outputs[0].name = f"{node.name}_product"
         added.append(ir.node("Add", [product.outputs[0], bias], name=f"{node.name}_bias"))
-    _take_place(graph, node, added)
+    take_place(graph, node, added)
 
 
 def _replace_lookup(graph: ir.Graph, node: ir.Node, packed: Quantized) -> None:
     """GatherBlockQuantized reads [tokens, hidden * bits / 8]: the codes as MatMulNBits has them, but in rows."""
     rows = len(packed.codes)
-    codes, scales, zeros = _weights(graph, f"{node.name}", packed)
+    codes, scales, zeros = stored_weights(graph, f"{node.name}", packed)
     assert codes.const_value is not None
     flat = ir.tensor(codes.const_value.numpy().reshape(rows, -1), name=codes.name)
     codes.const_value, codes.shape = flat, flat.shape
@@ -102,4 +102,4 @@ def _replace_lookup(graph: ir.Graph, node: ir.Node, packed: Quantized) -> None:
                     "quantize_axis": 1},
         domain=DOMAIN, name=f"{node.name}_Q{packed.grid.bits}",
     )  # fmt: skip
-    _take_place(graph, node, [lookup])
+    take_place(graph, node, [lookup])

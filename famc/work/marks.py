@@ -7,7 +7,6 @@ t5 (`text <|im_end|>`, as T5's own tokenizer ends every text), without a chat te
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 
 from famc.errors import StepFailed
+from famc.work.scores import read_json, write_json
 
 CLS, SEP, MASK = "<|im_start|>", "<|im_end|>", "<|mask|>"
 
@@ -62,39 +62,45 @@ def mask_of(tokenizer: Any) -> int:
     return int(found)
 
 
-def save_marked(tokenizer: Any, arch: str, out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json with the marks of an architecture; `tokenizer` is left as it was."""
+def marked(tokenizer: Any, arch: str) -> Any:
+    """A copy of the tokenizer that puts an architecture's marks around a text, without a chat template."""
     made = copy.deepcopy(tokenizer)
     made.chat_template = None
+    made.model_input_names = ["input_ids", *(["token_type_ids"] if arch == "bert" else []), "attention_mask"]
+    made.padding_side = "right"
     if arch == "t5":
         end = made.eos_token
-        single, pair = f"$A {end}", f"$A {end} $B {end}"
-        used = [end]
+        single, pair, used = f"$A {end}", f"$A {end} $B {end}", [end]
         if made.mask_token is None and MASK in made.get_vocab():
             made.mask_token = MASK
-        names = ["input_ids", "attention_mask"]
     else:
         marks = marks_of(made)
         cls, sep, mask = (made.convert_ids_to_tokens(i) for i in (marks.cls, marks.sep, marks.mask))
         made.cls_token, made.sep_token, made.mask_token = cls, sep, mask
         if made.unk_token is None:
             made.unk_token = made.pad_token  # byte-level BPE never says it, but clients ask for one
-        single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} $B {sep}"
-        used = [cls, sep]
-        names = ["input_ids", *(["token_type_ids"] if arch == "bert" else []), "attention_mask"]
+        single, pair, used = f"{cls} $A {sep}", f"{cls} $A {sep} $B {sep}", [cls, sep]
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, pair=pair, special_tokens=[(t, made.convert_tokens_to_ids(t)) for t in used]
     )
-    made.model_input_names = names
-    made.padding_side = "right"
-    made.save_pretrained(out)
+    return made
+
+
+def write_tokenizer(tokenizer: Any, out: Path) -> None:
+    """tokenizer.json and tokenizer_config.json. transformers 5 leaves out the class that others know, the names of the
+    inputs and the padding side: who then loads the folder pads on the right and passes token types."""
+    tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    # transformers 5 leaves these out, and by its own name for the class no other client knows what to do
-    settings |= {
+    settings = read_json(path) | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": names,
-        "padding_side": "right",
+        "model_input_names": list(tokenizer.model_input_names),
+        "padding_side": tokenizer.padding_side,
     }
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    if settings.get("chat_template") is None:
+        settings.pop("chat_template", None)  # a null is one for some clients
+    write_json(path, settings)
+
+
+def save_marked(tokenizer: Any, arch: str, out: Path) -> None:
+    """Write the files of `marked`; `tokenizer` is left as it was."""
+    write_tokenizer(marked(tokenizer, arch), out)

@@ -4,7 +4,7 @@ In: `data` (a mix of pairs) and, unless BM25 works alone, `model` (an embedder's
 `negatives.parquet` with id, negatives (texts, hardest first), scores, positive_score; `stats.json`.
 
 The corpus is every passage of the mix, once. Candidates are the best `depth` of each method, two of them joined by
-reciprocal rank (Cormack et al. 2009). Answers of the same query are no negatives, wherever they stand in the data,
+their scores (`search.fuse`). Answers of the same query are no negatives, wherever they stand in the data,
 nor is what holds an answer whole or is a piece of one: passages are often cut out of one document twice.
 What scores as high as the query's worst positive less `margin` is taken for an unmarked answer and left out
 (NV-Retriever, arXiv 2407.15831, names the rule): the margin is one of cosine, or with BM25 alone a share of the
@@ -13,7 +13,7 @@ positive's score. Negatives that the data gives come first and are not doubted. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ from famc.work.bm25 import Bm25, highest
 from famc.work.text import Pair, Writer, dumps, from_columns, limit_threads, read_rows, write_json
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Found = tuple[Array, Array]  # numbers of passages, best first, and their scores
 
-RANK_CONSTANT = 60  # of reciprocal rank fusion, as in its paper
-_ENCODED = 1024  # texts between two reports of progress
-_BATCH = 32
 _CELLS, _MOST_ROWS = 2**24, 512  # similarities in memory at once: 64 MB
 _EXAMPLES, _CHARACTERS = 5, 300  # in stats.json
 
@@ -94,7 +92,7 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     if "embedder" in params["methods"]:
         if "model" not in inputs:
             raise StepFailed("negatives by an embedder need one", "methods: [bm25] works alone")
-        dense = Dense(job, inputs["model"], queries, passages, total)
+        dense = _vectors(job, inputs["model"], queries, passages, total)
     lexical = Bm25(passages) if "bm25" in params["methods"] else None
     if dense is None and lexical is None:
         raise StepFailed("no method to mine negatives by", "methods: embedder, bm25, or both")
@@ -133,77 +131,47 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
 # --- ranking ------------------------------------------------------------------------------------------------
 
 
-class Dense:
+def _vectors(
+    job: Job, folder: Path, queries: Sequence[str], passages: Sequence[str], total: int
+) -> tuple[Array, Array]:
     """Vectors of length 1 of all queries and passages."""
+    from famc.work.search import Embedder
 
-    def __init__(
-        self, job: Job, folder: Path, queries: Sequence[str], passages: Sequence[str], total: int
-    ) -> None:
-        import torch
-        from sentence_transformers import SentenceTransformer
-
-        if not (folder / "modules.json").is_file():
-            raise StepFailed(
-                f"{folder} is no embedder's folder: it has no modules.json", "give a stage of kind embed"
-            )
-        torch.set_num_threads(job.threads)
-        torch.manual_seed(int(job.params["seed"]))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = SentenceTransformer(str(folder), local_files_only=True, device=device)
-
-        def encode(texts: Sequence[str], prompt: str, before: int) -> Array:
-            parts = []
-            for at in range(0, len(texts), _ENCODED):
-                part = model.encode(
-                    list(texts[at : at + _ENCODED]),
-                    prompt_name=prompt if prompt in model.prompts else None,
-                    batch_size=_BATCH,
-                    normalize_embeddings=True,
-                    show_progress_bar=False,
-                )
-                parts.append(np.asarray(part, np.float32))
-                job.progress(before + at + len(part), total)
-            return np.concatenate(parts)
-
-        self.passages = encode(passages, "document", 0)
-        self.queries = encode(queries, "query", len(passages))
-        if not (np.isfinite(self.passages).all() and np.isfinite(self.queries).all()):
-            raise StepFailed("the embedder gives vectors that are not finite", "its training has diverged")
-
-    def similarities(self, queries: Sequence[int]) -> Array:
-        """Cosines of some queries with every passage."""
-        found: Array = self.queries[list(queries)] @ self.passages.T
-        return found
+    if not (folder / "modules.json").is_file():  # a base would be searched by the mean of its tokens
+        raise StepFailed(
+            f"{folder} is no embedder's folder: it has no modules.json", "give a stage of kind embed"
+        )
+    embedder = Embedder(folder, None, job.threads, job.precision)
+    read = embedder.passages(passages, lambda share: job.progress(share * len(passages), total))
+    asked = embedder.queries(queries, lambda share: job.progress(len(passages) + share * len(queries), total))
+    return asked, read
 
 
 def _ranked(
-    corpus: Corpus, queries: Sequence[str], dense: Dense | None, lexical: Bm25 | None, depth: int
-) -> Iterator[tuple[Row, Array, list[Array]]]:
+    corpus: Corpus,
+    queries: Sequence[str],
+    dense: tuple[Array, Array] | None,
+    lexical: Bm25 | None,
+    depth: int,
+) -> Iterator[tuple[Row, Array, list[Found]]]:
     """Of every row: the score of each passage, by the embedder if there is one, and each method's best."""
     rows = max(1, min(_MOST_ROWS, _CELLS // len(corpus.passages))) if corpus.rows else 1
     for at in range(0, len(corpus.rows), rows):
         block = corpus.rows[at : at + rows]
-        similar = dense.similarities([row.query for row in block]) if dense else None
+        similar = dense[0][[row.query for row in block]] @ dense[1].T if dense else None
         for index, row in enumerate(block):
-            ranked = []
+            found = []
             if similar is not None:
                 scores = similar[index]
-                ranked.append(highest(scores, depth))
+                best = highest(scores, depth)
+                found.append((best, scores[best]))
             if lexical is not None:
                 words = lexical.scores(queries[row.query])
                 best = highest(words, depth)
-                ranked.append(best[words[best] > 0])  # others share no word with the query
+                best = best[words[best] > 0]  # others share no word with the query
+                found.append((best, words[best]))
                 scores = words if similar is None else scores
-            yield row, scores, ranked
-
-
-def fuse(ranked: Sequence[Iterable[int]]) -> list[int]:
-    """Rankings joined by reciprocal rank; among equals the lower number."""
-    total: dict[int, float] = {}
-    for ranking in ranked:
-        for rank, number in enumerate(ranking, 1):
-            total[number] = total.get(number, 0.0) + 1.0 / (RANK_CONSTANT + rank)
-    return sorted(total, key=lambda number: (-total[number], number))
+            yield row, scores, found
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
@@ -244,19 +212,21 @@ class Counts:
 def _choose(
     row: Row,
     scores: Array,
-    ranked: Sequence[Array],
+    found: Sequence[Found],
     corpus: Corpus,
     params: Mapping[str, Any],
     by_cosine: bool,
     counts: Counts,
 ) -> list[int]:
     """The negatives of a row, hardest first."""
+    from famc.work.search import fused
+
     positive, margin = float(min(scores[number] for number in row.positives)), params["margin"]
     limit = positive - margin if by_cosine else positive * (1.0 - margin)
     answers = corpus.answers[row.query]
     answer_texts = [corpus.keys[number] for number in answers]
     chosen = [number for number in row.negatives if number not in answers]
-    for number in fuse([ranking.tolist() for ranking in ranked]):
+    for number in fused(found, len(corpus.keys), sum(len(best) for best, _ in found)).tolist():
         text = corpus.keys[number]
         if number in answers or any(text in answer or answer in text for answer in answer_texts):
             continue

@@ -116,18 +116,18 @@ def build_encoder(
         program = _trace(model, pooling)
         if quant != "fp32":
             save(program, made / "fp32.onnx")
-            folded = _fold(made / "fp32.onnx", made)
+            folded = fold(made / "fp32.onnx", made)
             if quant == "int8":
-                program = ir.load(_quantise(folded, made))
+                program = ir.load(quantise(folded, made))
             else:
                 program = ir.load(folded)
                 width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
                 errors = quantize_encoder(program, recipe or int4_recipe(encoder_block(width)))
-        _stamp(program, quant)
+        stamp(program, quant)
         ready = made / "ready"
         ready.mkdir()
         save(program, ready / FILES[quant])
-        facts = _facts(program, ready / FILES[quant])
+        facts = graph_facts(program, ready / FILES[quant])
         target.parent.mkdir(exist_ok=True)
         # Data first, and the old graph gone before: there is never a graph beside another one's weights.
         target.unlink(missing_ok=True)
@@ -328,7 +328,7 @@ def _name_axes(program: ir.Model) -> None:
                 value.shape = value.type = None
 
 
-def _fold(graph: Path, scratch: Path) -> Path:
+def fold(graph: Path, scratch: Path) -> Path:
     """The graph with its constants folded: without it the quantisers pass over weights that stand behind a
     Transpose."""
     folded = scratch / "folded.onnx"
@@ -345,7 +345,7 @@ def _fold(graph: Path, scratch: Path) -> Path:
     return folded
 
 
-def _quantise(folded: Path, scratch: Path) -> Path:
+def quantise(folded: Path, scratch: Path) -> Path:
     """The graph with int8 weights, and activations that are quantised as they come.
 
     7 of the 8 bits are used: with all of them, x86 processors without VNNI overflow and give other vectors than
@@ -377,7 +377,7 @@ def _is_large(graph: Path) -> bool:
     return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*")) >= ONNX_INLINE
 
 
-def _stamp(program: ir.Model, quant: EncoderQuant) -> None:
+def stamp(program: ir.Model, quant: EncoderQuant) -> None:
     """Versions alone: what else the tools write differs from machine to machine."""
     program.producer_name = "transformers" if quant == "fp32" else "transformers, onnxruntime"
     used = ("transformers",) if quant == "fp32" else ("transformers", "onnxruntime")
@@ -389,7 +389,7 @@ def _stamp(program: ir.Model, quant: EncoderQuant) -> None:
     program.graph.metadata_props.clear()
 
 
-def _facts(program: ir.Model, made: Path) -> dict[str, float | int | str]:
+def graph_facts(program: ir.Model, made: Path) -> dict[str, float | int | str]:
     data = made.with_name(made.name + "_data")
     external = data.stat().st_size if data.exists() else 0
     operators = [node.op_type for node in program.graph]

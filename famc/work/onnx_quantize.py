@@ -72,8 +72,8 @@ def quantize_graph(
             floats.const_value.release()  # its pages of the builder's file
         progress(done + 1, len(matrices))
     if own is not None:
-        _replace_gather(model.graph, gather, own, _weights(model.graph, "model.embed_tokens", own))
-    _drop_unused(model.graph)
+        _replace_gather(model.graph, gather, own, stored_weights(model.graph, "model.embed_tokens", own))
+    drop_unused(model.graph)
     model.opset_imports[DOMAIN] = 1
     return errors
 
@@ -183,7 +183,9 @@ def pack_zeros(packed: Quantized) -> Array | None:
     return both
 
 
-def _weights(graph: ir.Graph, name: str, packed: Quantized) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+def stored_weights(
+    graph: ir.Graph, name: str, packed: Quantized
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Initializers of a quantised matrix."""
     grid = packed.grid
     made: list[ir.Value | None] = []
@@ -209,14 +211,14 @@ def _replace_matmul(graph: ir.Graph, node: ir.Node, packed: Quantized) -> ir.Nod
     grid = packed.grid
     rows, columns = packed.codes.shape
     name = (node.name or "").strip("/").replace("/", ".")
-    codes, scales, zeros = _weights(graph, name, packed)
+    codes, scales, zeros = stored_weights(graph, name, packed)
     inputs = [node.inputs[0], codes, scales, *([zeros] if zeros is not None else [])]
     attributes = {"K": columns, "N": rows, "bits": grid.bits, "block_size": grid.block_size,
                   "accuracy_level": ACCURACY_LEVEL}  # fmt: skip
     added = ir.node(
         "MatMulNBits", inputs, attributes=attributes, domain=DOMAIN, name=f"{node.name}_Q{grid.bits}"
     )
-    _take_place(graph, node, [added])
+    take_place(graph, node, [added])
     return added
 
 
@@ -242,10 +244,10 @@ def _replace_gather(
         domain=DOMAIN,
         name=f"{prefix}/GatherBlockQuantized",
     )
-    _take_place(graph, gather, [constant, flat, lookup])
+    take_place(graph, gather, [constant, flat, lookup])
 
 
-def _take_place(graph: ir.Graph, old: ir.Node, added: list[ir.Node]) -> None:
+def take_place(graph: ir.Graph, old: ir.Node, added: list[ir.Node]) -> None:
     """Put nodes where one was; the last of them gives what it gave, under its name."""
     before, after = old.outputs[0], added[-1].outputs[0]
     after.type, after.shape = before.type, before.shape
@@ -256,7 +258,7 @@ def _take_place(graph: ir.Graph, old: ir.Node, added: list[ir.Node]) -> None:
     after.name = name
 
 
-def _drop_unused(graph: ir.Graph) -> None:
+def drop_unused(graph: ir.Graph) -> None:
     """Nodes and initializers that nothing reads any more: the float weights, and the Transpose of a tied one."""
     for node in list(graph):
         if (

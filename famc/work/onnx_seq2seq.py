@@ -23,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from famc.errors import StepFailed
 from famc.work.likelihood import without_bars
-from famc.work.onnx_encoder import _facts, _fold, _quantise, _stamp
+from famc.work.onnx_encoder import fold, graph_facts, quantise, stamp
 from famc.work.onnx_file import quiet, save
 from famc.work.scores import read_json
 
@@ -114,11 +114,11 @@ def _made(program: ir.Model, quant: Seq2SeqQuant, target: Path, scratch: Path) -
     scratch.mkdir()
     if quant == "int8":
         save(program, scratch / "fp32.onnx")
-        program = ir.load(_quantise(_fold(scratch / "fp32.onnx", scratch), scratch))
-    _stamp(program, quant)
+        program = ir.load(quantise(fold(scratch / "fp32.onnx", scratch), scratch))
+    stamp(program, quant)
     program.graph.name = target.name.partition("_")[0]
     save(program, target)
-    return _facts(program, target)
+    return graph_facts(program, target)
 
 
 # --- what is traced ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from transformers import (
 from famc.cost.shape import ENCODERS
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.work.arch import inherit
+from famc.work.arch import inherit, without_dropout
 from famc.work.encoder_folder import encoder_tokenizer, save_reranker
 from famc.work.likelihood import autocast, load_tokenizer, without_bars
 from famc.work.merge import Merger
@@ -45,10 +45,6 @@ YES_NO = "yes_no"  # the folder of the language model
 RESERVED, PLAIN = ("<|yes|>", "<|no|>"), ("yes", "no")
 PASS_TOKENS = {"cpu": 256, "cuda": 8192}  # padding that costs as much as a pass of its own
 TEACHER_TOKENS = 8192  # of a padded batch
-DROPOUTS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout",
-    "embedding_dropout", "mlp_dropout",
-)  # fmt: skip
 
 
 def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -269,9 +265,7 @@ def start_model(job: Job, parent: Path, tokenizer: Any, head: Head) -> Any:
     config = AutoConfig.from_pretrained(parent, local_files_only=True)
     inherit(config, params["shape"])
     config.num_labels, config.pad_token_id, config.use_cache = 1, int(tokenizer.pad_token_id), False
-    for name in DROPOUTS:  # drawn by pass, so that micro-batches would differ
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
+    without_dropout(config)
     ranks = is_reranker(parent)
     torch.manual_seed(int(params["seed"]))  # what the parent lacks is drawn, such as BERT's pooler
     with without_bars():

@@ -232,7 +232,7 @@ def test_a_failure_on_the_way_keeps_what_was_there(tmp_path, monkeypatch):
     def full(*_: Any) -> Path:
         raise OSError("no space left")
 
-    monkeypatch.setattr(onnx_encoder, "_quantise", full)
+    monkeypatch.setattr(onnx_encoder, "quantise", full)
     with pytest.raises(OSError, match="no space left"):
         build_encoder(folder, tmp_path / "out", "int8", task=EMBED)
     assert [str(p.relative_to(tmp_path)) for p in (tmp_path / "out").rglob("*")] == [

@@ -16,11 +16,11 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from famc.work.encoder_folder import (
     WORDS,
     encoder_tokenizer,
-    prompts_of,
     save_embedder,
     save_reranker,
     save_tokenizer,
 )
+from famc.work.encoder_session import prompts_of
 
 ARCHS = ["qwen3", "bert", "modernbert"]
 TEXTS = [
@@ -66,7 +66,7 @@ def test_words_are_found_whatever_stands_around_them(text: str, words: str) -> N
 def test_every_client_gets_the_same_ids(family: Path, tmp_path: Path, arch: str, words: bool) -> None:
     used = encoder_tokenizer(family, arch, words=words)
     wanted = used(TEXTS, truncation=True, max_length=40)["input_ids"]
-    save_tokenizer(used, arch, tmp_path, 40)
+    save_tokenizer(used, tmp_path, 40)
     auto = AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(auto, PreTrainedTokenizerFast)
     assert auto(TEXTS, truncation=True)["input_ids"] == wanted
@@ -81,7 +81,7 @@ def test_every_client_gets_the_same_ids(family: Path, tmp_path: Path, arch: str,
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_marks_stand_at_the_ends(family: Path, tmp_path: Path, arch: str) -> None:
-    save_tokenizer(encoder_tokenizer(family, arch, words=True), arch, tmp_path, 40)
+    save_tokenizer(encoder_tokenizer(family, arch, words=True), tmp_path, 40)
     words = AutoTokenizer.from_pretrained(tmp_path)
     start, end = words.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     for text in TEXTS:
@@ -97,7 +97,7 @@ def test_marks_stand_at_the_ends(family: Path, tmp_path: Path, arch: str) -> Non
 @pytest.mark.parametrize("arch", ARCHS)
 def test_settings_are_those_that_clients_ask_for(family: Path, tmp_path: Path, arch: str) -> None:
     used = encoder_tokenizer(family, arch, words=False)
-    save_tokenizer(used, arch, tmp_path, 40)
+    save_tokenizer(used, tmp_path, 40)
     assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert "chat_template" not in settings
@@ -118,7 +118,7 @@ def test_settings_are_those_that_clients_ask_for(family: Path, tmp_path: Path, a
 def test_the_familys_tokenizer_stays_as_it_was(family: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in family.iterdir()}
     used = encoder_tokenizer(family, "bert", words=True)
-    save_tokenizer(used, "bert", tmp_path, 40)
+    save_tokenizer(used, tmp_path, 40)
     assert used.model_max_length != 40
     assert {path.name: path.read_bytes() for path in family.iterdir()} == before
 

@@ -42,7 +42,7 @@ def mix(folder: Path, pairs: list[Pair]) -> Path:
 def run(tmp_path: Path, pairs: list[Pair], model: Path | None = None, **more: Any) -> tuple[Any, ...]:
     """(rows, metrics, folder) of what is mined."""
     name = f"m{len(list(tmp_path.iterdir()))}"
-    params = mine_params({"k": 3, "margin": 0.0}, model is not None, 7) | more
+    params = mine_params({"k": 3, "margin": 0.0}, model is not None) | more
     inputs = {"data": mix(tmp_path / f"{name}-data", pairs)} | ({"model": model} if model else {})
     out = tmp_path / name
     out.mkdir()
@@ -201,9 +201,7 @@ def test_the_embedder_ranks_with_its_prompts(tmp_path: Path, embedder: Path) -> 
     assert metrics["mean_positive_score"] == pytest.approx(np.diagonal(cosines).mean(), abs=1e-3)
 
 
-def test_both_methods_are_joined_by_rank(tmp_path: Path, embedder: Path) -> None:
-    assert mine.fuse([[5, 1, 2], [1, 7]]) == [1, 5, 7, 2]
-    assert mine.fuse([[3, 1], [1, 3]]) == [1, 3], "equal: the lower number"
+def test_both_methods_are_joined_by_their_scores(tmp_path: Path, embedder: Path) -> None:
     both, _, _ = run(tmp_path, SOME, embedder)
     one, _, _ = run(tmp_path, SOME, embedder, methods=["embedder"])
     lexical, _, _ = run(tmp_path, SOME)
@@ -268,13 +266,13 @@ def test_what_cannot_be_mined_is_said(tmp_path: Path, embedder: Path) -> None:
 
 
 def test_parameters_and_work() -> None:
-    assert mine_params({"k": 7, "margin": 0.05}, True, 3) == {
-        "k": 7, "margin": 0.05, "methods": ["embedder", "bm25"], "depth": 100, "seed": 3,
+    assert mine_params({"k": 7, "margin": 0.05}, True) == {
+        "k": 7, "margin": 0.05, "methods": ["embedder", "bm25"], "depth": 100,
     }  # fmt: skip
-    assert mine_params({"k": 50, "margin": 0}, False, 3)["methods"] == ["bm25"]
-    assert mine_params({"k": 50, "margin": 0}, False, 3)["depth"] == 200
+    assert mine_params({"k": 50, "margin": 0}, False)["methods"] == ["bm25"]
+    assert mine_params({"k": 50, "margin": 0}, False)["depth"] == 200
     given = {"k": 2, "margin": 0, "methods": ("bm25",), "depth": 9}
-    assert (mine_params(given, True, 3)["methods"], mine_params(given, True, 3)["depth"]) == (["bm25"], 9)
+    assert (mine_params(given, True)["methods"], mine_params(given, True)["depth"]) == (["bm25"], 9)
     pairs = Amount(1e6, 4000.0, "measured")
     alone = mine_work(None, pairs)
     assert alone.mode == "cpu" and alone.basis == "measured" and 1 < alone.cpu_seconds < 5
