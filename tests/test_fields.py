@@ -448,6 +448,8 @@ def _stages() -> dict[str, Row]:
 
 
 ROWS |= _stages()
+WORDS = ("sizes.r={arch: bert, layers: 2, hidden: 64, heads: 1, ffn: 64}", "variants.reranker.sizes=[r]",
+         "stages.rank={kind: rerank, data: pairs, lexical: {}}")  # fmt: skip
 LEXICAL = ("variants.embedding.sizes=[d]", "stages.emb={kind: embed, data: pairs, lexical: {}}")
 ROWS |= {
     # who else an embedder or reranker learns from, and who finds its negatives
@@ -457,6 +459,8 @@ ROWS |= {
     "stages[embed].lexical.epochs": f("stages.emb.lexical.epochs=2", "key */emb", LEXICAL),
     "stages[embed].lexical.batch": f("stages.emb.lexical.batch=64", "key */emb", LEXICAL),
     "stages[embed].lexical.lr": f("stages.emb.lexical.lr=0.1", "key */emb", LEXICAL),
+    **{f"stages[rerank].lexical.{field}": f(f"stages.rank.lexical.{field}={value}", "key r/rank", WORDS)
+       for field, value in (("epochs", 2), ("batch", 64), ("lr", 0.1))},
     "stages[rerank].hard_negatives.by": f("stages.rank.hard_negatives.by=coach", "nodes"),
     "stages[rerank].loss": f("stages.rank.loss=plistmle", "key */rank", "stages.rank.objective=listwise"),
     "stages[rerank].teacher": f("stages.rank.teacher=judge@q", "key d/rank",

@@ -218,7 +218,7 @@ def test_defaults_are_those_of_the_architecture() -> None:
     assert [nodes[f"{size}/rank"].params["head"] for size in "eq"] == ["classifier", "yes_no"]
     assert nodes["e/rank"].params["loss"] == "bce"
     assert [nodes[name].params["global_batch"] for name in ("e/weak", "e/rank")] == [128, 16]
-    assert "lexical" not in nodes["e/rank"].params
+    assert nodes["e/rank"].params["lexical"] is None
     mean = graph(("embedding: {stage: emb", "embedding: {stage: plain"))
     assert mean.nodes["e/plain"].params["pooling"] == "mean"
 
@@ -252,7 +252,7 @@ def test_a_reranker_is_scored_on_what_the_familys_embedder_finds() -> None:
 
 def test_exports_of_both_are_compared_on_held_out_pairs() -> None:
     made = graph()
-    for variant, many in (("embedding", 400), ("reranker", 128)):
+    for variant, many in (("embedding", 400), ("reranker", 64)):
         for label in ("onnx-fp32", "onnx-int8", "onnx-int4"):
             parity = made.nodes[f"e/{variant}/parity.{label}"]
             assert parity.inputs["pairs.names"] == "data/names", "the evaluation's"
@@ -364,6 +364,26 @@ def test_a_rehearsal_is_the_same_family_made_small(tmp_path: Path) -> None:
     steps = planned(small, tmp_path).steps
     assert set(steps) == set(nodes)
     assert all(step.memory.total < step.limit for step in steps.values())
+
+
+def test_a_reranker_may_begin_with_words(tmp_path: Path) -> None:
+    """Without a parent; at a size of one head, which a rehearsal keeps."""
+    edits = (
+        (
+            "layers: 2, hidden: 64, ffn: 128, heads: 2}\n  q",
+            "layers: 3, hidden: 128, ffn: 128, heads: 1}\n  q",
+        ),
+        ("rank: {kind: rerank, from: pretrain,", "rank: {kind: rerank, lexical: {epochs: 3},"),
+        ("reranker: {stage: rank, sizes: [e, q]", "reranker: {stage: rank, sizes: [e]"),
+    )
+    node = graph(*edits).nodes["e/rank"]
+    assert "model" not in node.inputs and "e/pretrain" not in {*node.inputs.values()}
+    assert node.inputs["negatives"] == "e/mine/pairs.emb"
+    assert node.params["lexical"] == {"epochs": 3.0, "batch": 32, "lr": 0.002}
+    assert node.work.cpu_seconds > graph(edits[0], edits[2]).nodes["e/rank"].work.cpu_seconds == 0
+    small = graph(*edits, smoke=True).nodes["e/rank"].params
+    assert small["lexical"] == {"epochs": 1.0, "batch": 16, "lr": 0.002}
+    assert (small["shape"]["layers"], small["shape"]["heads"]) == (2, 1)
 
 
 def test_a_rehearsal_makes_small_what_groups_say(tmp_path: Path) -> None:

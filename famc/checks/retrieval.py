@@ -24,10 +24,10 @@ SAID_ANEW: Mapping[str, tuple[str, ...]] = {
 }
 AGENTS = {"embed": "embedders", "rerank": "rerankers"}
 Wrong = tuple[Path, str, str, bool]  # (field, what is wrong, what to do, whether its key is meant)
-NO_START: Wrong = (
-    (), "kind 'embed' starts from a trained model: 'from' is missing",
-    "write it, or lexical: {} to begin as a bag of words (bert)", True,
-)  # fmt: skip
+NO_START: Mapping[str, Wrong] = {
+    kind: ((), f"kind '{kind}' starts from a trained model: 'from' is missing", f"write it, or lexical: {{}} to begin {how} (bert)", True)
+    for kind, how in (("embed", "as a bag of words"), ("rerank", "with the query's words"))
+}  # fmt: skip
 
 
 # --- what a stage says, wherever it runs --------------------------------------------------------------------
@@ -49,11 +49,7 @@ def rerankers(spec: Spec) -> Iterator[Fault]:
 
 def _embed(stage: Contrastive) -> Iterator[Wrong]:
     assert isinstance(stage, Embed)
-    somewhere = any("lexical" in values for values in stage.by.values())  # told at the sizes that lack it
-    if stage.from_ is None and stage.lexical is None and not somewhere:
-        yield NO_START
-    if stage.lexical is not None and stage.from_ is not None:
-        yield ("lexical",), "a lexical start has no parent, and 'from' names one", "keep one", True
+    yield from _begins(stage)
     if stage.lexical is not None and stage.pooling not in (None, "cls"):
         what = "a lexical start gathers the words in the first token"
         yield ("pooling",), f"{what}, which '{stage.pooling}' does not read", "leave it out", False
@@ -61,8 +57,18 @@ def _embed(stage: Contrastive) -> Iterator[Wrong]:
         yield ("alpha",), "the weight of a teacher, and there is none", "set teacher, or remove it", True
 
 
+def _begins(stage: Embed | Rerank) -> Iterator[Wrong]:
+    """With a parent, or with words; not with both."""
+    somewhere = any("lexical" in values for values in stage.by.values())  # told at the sizes that lack it
+    if stage.from_ is None and stage.lexical is None and not somewhere:
+        yield NO_START[stage.kind]
+    if stage.lexical is not None and stage.from_ is not None:
+        yield ("lexical",), "a lexical start has no parent, and 'from' names one", "keep one", True
+
+
 def _rerank(stage: Contrastive) -> Iterator[Wrong]:
     assert isinstance(stage, Rerank)
+    yield from _begins(stage)
     if stage.loss is not None and stage.loss not in LOSSES[stage.objective]:
         what = f"'{stage.loss}' is no loss of objective '{stage.objective}'"
         yield ("loss",), what, f"it has {', '.join(LOSSES[stage.objective])}", False
@@ -126,7 +132,7 @@ def _embed_at(stage: Contrastive, size: str, shape: Shape) -> Iterator[Wrong]:
     assert isinstance(stage, Embed)
     arch = shape.arch
     if stage.from_ is None and stage.lexical is None:
-        yield NO_START
+        yield NO_START["embed"]
     for index, dim in enumerate(stage.mrl):
         if dim > shape.hidden:
             what = f"{dim} dimensions are more than the {shape.hidden} of size '{size}'"
@@ -144,6 +150,13 @@ def _embed_at(stage: Contrastive, size: str, shape: Shape) -> Iterator[Wrong]:
 
 def _rerank_at(stage: Contrastive, size: str, shape: Shape) -> Iterator[Wrong]:
     assert isinstance(stage, Rerank)
+    if stage.from_ is None and stage.lexical is None:
+        yield NO_START["rerank"]
+    if stage.lexical is not None:
+        wants, has = "a bert with 2 or more layers, 1 head and hidden 32 or more", f"size '{size}' has"
+        if shape.arch != "bert" or shape.layers < 2 or shape.heads != 1 or shape.hidden < 32:
+            what = f"a lexical start needs {wants}; {has} {shape.layers} layers, {shape.heads} heads, hidden {shape.hidden} ({shape.arch})"
+            yield ("lexical",), what, "give the size arch: bert, layers: 2, heads: 1", True
     if stage.head == "yes_no" and shape.arch in ENCODERS:
         yield ("head",), f"a {shape.arch} says no next token (size {size})", "use classifier", False
 

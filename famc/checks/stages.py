@@ -33,7 +33,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "vlm": ("image_text",),
     "audio": ("audio_text",),
 }
-NEEDS_PARENT = {"sft", "dpo", "grpo", "rerank", "vlm", "audio"}  # embed: see retrieval.py
+NEEDS_PARENT = {"sft", "dpo", "grpo", "vlm", "audio"}  # embed, rerank: see retrieval.py
 LONGEST = 100  # stages one after the other: more is a mistake, and deeper than Python follows
 Step = tuple[str, str]  # (size, stage)
 Edge = tuple[str, str, Path]  # (reference, size it is read at, where it is written)

@@ -12,7 +12,7 @@ from famc.steps import others
 from famc.steps.mixes import format_of
 
 # of embedders and rerankers: the evaluation whose pairs parity reads, and how many passages of them
-PAIRS = {exporting.VECTORS: ("retrieval", 400), exporting.RANKING: ("rerank", 128)}
+PAIRS = {exporting.VECTORS: ("retrieval", 400), exporting.RANKING: ("rerank", 64)}
 
 
 class Exported(Trained):

@@ -56,7 +56,8 @@ def _size(family: Family, size: Size) -> dict[str, Any]:
     """Two blocks of the size's own architecture."""
     arch = size.arch or family.arch.type
     small: dict[str, Any] = {"arch": size.arch} if size.arch else {}
-    small |= {"layers": 2, "hidden": WIDTH, "heads": 2}
+    # a cross-encoder that begins with words has one head
+    small |= {"layers": 2, "hidden": WIDTH, "heads": 1 if size.heads == 1 and arch == "bert" else 2}
     if arch in ("bert", "modernbert", "t5"):  # always as many key/value heads as heads, always tied
         return small | {"ffn": 128}
     small |= {"kv_heads": 1, "tie": True}

@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
     "distill": Kind(1, "distill", Distill, "a size learns from another"),
     "mine": Kind(1, "mine", None, "hard negatives for a mix of pairs"),
     "embed": Kind(1, "embed", Embed, "an embedder: contrastive, by sentence-transformers"),
-    "rerank": Kind(1, "rerank", Rerank, "a cross-encoder: how well a passage answers a query"),
+    "rerank": Kind(2, "rerank", Rerank, "a cross-encoder: how well a passage answers a query"),
     **{name: Kind(1, None, model, (model.__doc__ or "").strip()) for name, model in LATER.items()},
     "export": Kind(2, "export", None, "a variant in another format"),
     "parity": Kind(1, "parity", None, "an export, reloaded and compared with its source"),

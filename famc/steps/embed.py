@@ -15,7 +15,7 @@ from pydantic import Field
 from famc.cost.shape import ENCODERS
 from famc.spec.family import Strict
 from famc.steps.base import Amount, Default, Setting, Training
-from famc.steps.retrieval import Contrastive
+from famc.steps.retrieval import Contrastive, Lexical
 
 
 class Prompts(Strict):
@@ -23,14 +23,6 @@ class Prompts(Strict):
 
     query: str = Field("", max_length=2000, description="before a query")
     document: str = Field("", max_length=2000, description="before a passage")
-
-
-class Lexical(Strict):
-    """The bag of words that an encoder begins as: its token table is trained alone, before the layers."""
-
-    epochs: float = Field(20.0, gt=0, le=10_000, description="passes over the pairs")
-    batch: int = Field(1024, ge=2, le=2**20, description="queries a step")
-    lr: float = Field(0.01, gt=0, le=10, description="peak learning rate of the token table")
 
 
 def _pooling(stage: Training, setting: Setting) -> tuple[str, str]:

@@ -33,6 +33,14 @@ class HardNegatives(Strict):
     )
 
 
+class Lexical(Strict):
+    """The words that an encoder begins with: its token table is trained alone, before the layers."""
+
+    epochs: float = Field(20.0, gt=0, le=10_000, description="passes over the pairs")
+    batch: int = Field(1024, ge=2, le=2**20, description="queries a step")
+    lr: float = Field(0.01, gt=0, le=10, description="peak learning rate of the token table")
+
+
 class Contrastive(Training):
     """What both kinds may say: they read pairs, and their batches are counted in pairs."""
 
@@ -65,6 +73,10 @@ class Contrastive(Training):
         found = super().written(origin)
         wanted = {"k": self.hard_negatives.k} if self.hard_negatives else None
         return replace(found, values={**found.values, "hard_negatives": wanted})
+
+    def lexical_seconds(self, data: Amount) -> float:
+        """CPU-seconds of a lexical start."""
+        return 0.0
 
     def rows_a_query(self) -> int:
         """What the model reads for each query: for a reranker one pair a passage."""

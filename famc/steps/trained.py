@@ -14,7 +14,6 @@ from famc.cost.shape import Shape
 from famc.steps.base import Amount, Training, Work
 from famc.steps.distill import Distill
 from famc.steps.dpo import Dpo
-from famc.steps.embed import Embed
 from famc.steps.later import Grpo
 from famc.steps.retrieval import Contrastive
 
@@ -41,5 +40,5 @@ def train_work(
     rows = 2 if isinstance(stage, Dpo) else stage.rows_a_query() if isinstance(stage, Contrastive) else 1
     return Work(
         "train", tokens=tokens, flops=total, optimizer_steps=steps, sequences=sequences, context=context, rows=rows, head=not isinstance(stage, Contrastive),
-        cpu_seconds=stage.lexical_seconds(data) if isinstance(stage, Embed) else 0.0, basis=data.basis if not (values["steps"] or values["tokens"]) else "modelled",
+        cpu_seconds=stage.lexical_seconds(data) if isinstance(stage, Contrastive) else 0.0, basis=data.basis if not (values["steps"] or values["tokens"]) else "modelled",
     )  # fmt: skip

@@ -79,7 +79,9 @@ def marked(tokenizer: Any, arch: str) -> Any:
         made.cls_token, made.sep_token, made.mask_token = cls, sep, mask
         if made.unk_token is None:
             made.unk_token = made.pad_token  # byte-level BPE never says it, but clients ask for one
-        single, pair, used = f"{cls} $A {sep}", f"{cls} $A {sep} $B {sep}", [cls, sep]
+        single, used = f"{cls} $A {sep}", [cls, sep]
+        # BERT was made to be told which of two texts a token belongs to
+        pair = f"{cls} $A {sep} $B:1 {sep}:1" if arch == "bert" else f"{cls} $A {sep} $B {sep}"
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, pair=pair, special_tokens=[(t, made.convert_tokens_to_ids(t)) for t in used]
     )

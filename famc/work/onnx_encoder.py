@@ -28,10 +28,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from famc.errors import StepFailed
 from famc.steps.exports import ONNX_INLINE, encoder_block
 from famc.work.encoder_int4 import quantize_encoder
-from famc.work.likelihood import without_bars
+from famc.work.likelihood import load_tokenizer, without_bars
 from famc.work.onnx_build import recipe_of
 from famc.work.onnx_file import quiet, save
 from famc.work.onnx_quantize import Recipe
+from famc.work.rank_data import template_of
 from famc.work.scores import read_json
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def build_encoder(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=out) as scratch:
         made = Path(scratch)
-        program = _trace(model, pooling)
+        program = _trace(model, pooling, _between(model_dir, model, task))
         if quant != "fp32":
             save(program, made / "fp32.onnx")
             folded = fold(made / "fp32.onnx", made)
@@ -269,15 +270,20 @@ def _rope_types(parameters: Any) -> list[str]:
 
 
 class _Traced(torch.nn.Module):
-    """What the graph holds: the model, its pooling, and named outputs."""
+    """What the graph holds: the model, its pooling, and named outputs. `between`: the id after which a pair's second text
+    begins, where its tokens have a type of their own: the graph finds that out, as transformers.js passes zeros."""
 
-    def __init__(self, model: Any, pooling: Pooling | None) -> None:
+    def __init__(self, model: Any, pooling: Pooling | None, between: int | None) -> None:
         super().__init__()
+        self.between = between
         self.model = model
         self.config = model.config
         self.pooling = pooling
 
     def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.between is not None:
+            marks = (inputs["input_ids"] == self.between).long()
+            inputs = {**inputs, "token_type_ids": (marks.cumsum(1) - marks).clamp(max=1)}
         found = self.model(**inputs)
         if self.pooling is None:
             return {"logits": found.logits}
@@ -286,7 +292,15 @@ class _Traced(torch.nn.Module):
         return {"last_hidden_state": hidden, "sentence_embedding": pooled}
 
 
-def _trace(model: Any, pooling: Pooling | None) -> ir.Model:
+def _between(model_dir: Path, model: Any, task: EncoderTask) -> int | None:
+    """The id between the two texts of a pair, if a BERT's tokenizer gives the second one types of its own."""
+    if task != "text-ranking" or model.config.model_type != "bert":
+        return None
+    template = template_of(load_tokenizer(model_dir))
+    return int(template.between[-1]) if template.typed and template.between else None
+
+
+def _trace(model: Any, pooling: Pooling | None, between: int | None = None) -> ir.Model:
     """The graph, from a sample with padding: without it the tracer finds the mask to be of no effect."""
     # Each model's own way with ids: real ones, and its padding where the mask is 0.
     pad = model.config.pad_token_id or 0
@@ -294,7 +308,7 @@ def _trace(model: Any, pooling: Pooling | None) -> ir.Model:
     mask = torch.ones_like(ids)
     ids[1, 4:], mask[1, 4:] = pad, 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if model.config.model_type == "bert":
+    if model.config.model_type == "bert" and between is None:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     # Not Dim.AUTO, which would make a number of an axis without a word.
     longest = model.config.max_position_embeddings
@@ -304,7 +318,7 @@ def _trace(model: Any, pooling: Pooling | None) -> ir.Model:
         from transformers.exporters import OnnxConfig, OnnxExporter
 
         config = OnnxConfig(dynamic=True, dynamic_shapes=dict.fromkeys(inputs, axes))
-        program: ir.Model = OnnxExporter().export(_Traced(model, pooling), inputs, config).program
+        program: ir.Model = OnnxExporter().export(_Traced(model, pooling, between), inputs, config).program
     _name_axes(program)
     return program
 

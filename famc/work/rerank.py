@@ -1,7 +1,7 @@
 """`rerank`: a sequence classifier with one label learns which passage answers a query, from lists of them.
 
-In: tokenizer, data (a mix of pairs), model (a decoder, an encoder, or an earlier reranker), negatives (mined; else the
-data's own), teacher (a reranker) for objective distill. Out: the classifier's folder; with head yes_no also `yes_no/`,
+In: tokenizer, data (a mix of pairs), model (a decoder, an encoder, or an earlier reranker; none with `lexical`),
+negatives (mined; else the data's own), teacher (a reranker) for objective distill. Out: the classifier's folder; with head yes_no also `yes_no/`,
 the language model whose `yes` less `no` at the last token is the same score (Qwen3-Reranker's form).
 
 A step's loss is the mean over its queries, so that micro-batches change nothing. Pairs of like length run together.
@@ -9,7 +9,6 @@ A step's loss is the mean over its queries, so that micro-batches change nothing
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,30 +18,35 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Trainer,
     TrainingArguments,
 )
 
-from famc.cost.shape import ENCODERS
 from famc.errors import StepFailed
 from famc.job import Job
-from famc.work.arch import inherit, without_dropout
 from famc.work.encoder_folder import encoder_tokenizer, save_reranker
 from famc.work.likelihood import autocast, load_tokenizer, without_bars
 from famc.work.merge import Merger
 from famc.work.optim import make_optimizer, schedule
-from famc.work.rank_data import Array, Encoder, Lists, Tokens, buckets, padded, read_lists, template_of
+from famc.work.rank_data import Array, Encoder, Lists, Tokens, buckets, padded, read_lists
 from famc.work.rank_loss import LOSSES, Loss
+from famc.work.rank_model import (
+    START,
+    YES_NO,
+    Head,
+    exact,
+    is_reranker,
+    lexical_model,
+    save_yes_no,
+    score_layer,
+    set_pad,
+    start_model,
+)  # fmt: skip
 from famc.work.runner import CHECKPOINTS
-from famc.work.scores import read_json
 from famc.work.text import limit_threads
-from famc.work.training import Watch, arguments, attention, row_order, run_trainer
+from famc.work.training import Watch, arguments, row_order, run_trainer
 
-YES_NO = "yes_no"  # the folder of the language model
-RESERVED, PLAIN = ("<|yes|>", "<|no|>"), ("yes", "no")
 PASS_TOKENS = {"cpu": 256, "cuda": 8192}  # padding that costs as much as a pass of its own
 TEACHER_TOKENS = 8192  # of a padded batch
 
@@ -59,7 +63,7 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
             "name a reranker as teacher, or choose another objective",
         )
     tokenizer = encoder_tokenizer(inputs["tokenizer"], arch, words=params["text"] == "words")
-    _set_pad(tokenizer)
+    set_pad(tokenizer)
     head = Head.of(job, inputs, arch)
     lists = read_lists(inputs["data"], inputs.get("negatives"))
     encoder = Encoder(tokenizer, lists.texts, context)
@@ -67,13 +71,19 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     teacher = None
     if params["objective"] == "distill":
         teacher = _cached_scores(job, inputs["teacher"], lists, order, out / CHECKPOINTS / "teacher.npy")
-    model = start_model(job, inputs["model"], tokenizer, head)
+    facts: dict[str, Any] = {}
+    if "model" in inputs:
+        model = start_model(job, inputs["model"], tokenizer, head)
+    else:
+        model, facts = lexical_model(job, lists, encoder, tokenizer, out / CHECKPOINTS / START)
     metrics = _train(job, model, int(tokenizer.pad_token_id), encoder, order, teacher, out)
     model.to("cpu")
     if head.tokens:
         save_yes_no(model, head, inputs["model"], out / YES_NO)
     save_reranker(model, tokenizer, out, context=context)
-    return {**metrics, "queries": len(lists.queries), "queries_without_negatives": lists.without}
+    for name in ("compute_seconds", "compute_cpu_seconds"):
+        metrics[name] = round(metrics[name] + facts.pop(name, 0.0), 3)
+    return {**metrics, **facts, "queries": len(lists.queries), "queries_without_negatives": lists.without}
 
 
 # --- order of the lists -------------------------------------------------------------------------------------
@@ -228,155 +238,6 @@ def _train(
     }
 
 
-# --- models -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Head:
-    """How a score is read: as `yes` less `no` where there are two such tokens, else by a classifier of its own."""
-
-    tokens: tuple[int, int] | None = None
-    reserved: bool = False  # the two stand in no text: their embeddings may change
-
-    @classmethod
-    def of(cls, job: Job, inputs: Mapping[str, Path], arch: str) -> Head:
-        """The head that a stage asks for."""
-        if job.params["head"] != "yes_no":
-            return cls()
-        if arch in ENCODERS:
-            raise StepFailed(f"{job.name}: {arch} predicts no next token", "set head: classifier")
-        tokenizer = load_tokenizer(inputs["tokenizer"])
-        vocabulary = tokenizer.get_vocab()
-        if all(token in vocabulary for token in RESERVED):
-            return cls((vocabulary[RESERVED[0]], vocabulary[RESERVED[1]]), reserved=True)
-        ids = [tokenizer.encode(word, add_special_tokens=False) for word in PLAIN]
-        if any(len(one) != 1 for one in ids):
-            raise StepFailed(
-                f"{job.name}: head yes_no needs `yes` and `no` as one token each, in this tokenizer they are "
-                f"{len(ids[0])} and {len(ids[1])}",
-                f"set head: classifier, or use a tokenizer with {' and '.join(RESERVED)}",
-            )
-        return cls((ids[0][0], ids[1][0]))
-
-
-def start_model(job: Job, parent: Path, tokenizer: Any, head: Head) -> Any:
-    """The parent with one label. A reranker keeps its head; another gets that of the stage."""
-    params = job.params
-    config = AutoConfig.from_pretrained(parent, local_files_only=True)
-    inherit(config, params["shape"])
-    config.num_labels, config.pad_token_id, config.use_cache = 1, int(tokenizer.pad_token_id), False
-    without_dropout(config)
-    ranks = is_reranker(parent)
-    torch.manual_seed(int(params["seed"]))  # what the parent lacks is drawn, such as BERT's pooler
-    with without_bars():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            parent, config=config, dtype=torch.float32, local_files_only=True
-        )
-    model.set_attn_implementation(attention(int(params["context"])))
-    layer = score_layer(model)
-    if not ranks:
-        with torch.no_grad():
-            if head.tokens:
-                yes, no = head.tokens
-                rows = output_rows(model, parent)
-                layer.weight.copy_((rows[yes] - rows[no])[None])
-            else:
-                generator = torch.Generator().manual_seed(int(params["seed"]))
-                layer.weight.normal_(0.0, float(config.initializer_range), generator=generator)
-            if layer.bias is not None:
-                layer.bias.zero_()
-    _exact(layer)
-    return model
-
-
-def is_reranker(folder: Path) -> bool:
-    """Whether a folder holds a sequence classifier with one label."""
-    config = read_json(folder / "config.json")
-    names = config.get("architectures") or [""]
-    labels = config.get("num_labels") or len(config.get("id2label") or {0: "", 1: ""})
-    return str(names[0]).endswith("ForSequenceClassification") and labels == 1
-
-
-def score_layer(model: Any) -> torch.nn.Linear:
-    """The layer that makes the score, by transformers' names for it."""
-    layer: torch.nn.Linear = model.score if hasattr(model, "score") else model.classifier
-    return layer
-
-
-def _exact(layer: torch.nn.Linear) -> None:
-    """Scores in fp32 under autocast too: bf16 has three figures, and losses are made of their differences."""
-    if not isinstance(layer, torch.nn.Linear):  # a teacher's head of several layers stays as it is
-        return
-
-    def forward(states: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(states.device.type, enabled=False):
-            return torch.nn.functional.linear(states.float(), layer.weight, layer.bias)
-
-    layer.forward = forward  # type: ignore[assignment, method-assign]
-
-
-def output_rows(model: Any, parent: Path) -> torch.Tensor:
-    """The output embeddings of a parent: its language model's head, or what that is tied to."""
-    if model.config.tie_word_embeddings:
-        rows: torch.Tensor = model.get_input_embeddings().weight.detach()
-        return rows
-    for folder in (parent, parent / YES_NO):
-        names = read_json(folder / "config.json").get("architectures") or [""] if folder.is_dir() else [""]
-        if str(names[0]).endswith("ForCausalLM"):
-            with without_bars():
-                whole = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=torch.float32, local_files_only=True
-                )
-            found: torch.Tensor = whole.get_output_embeddings().weight.detach().clone()
-            return found
-    raise StepFailed(
-        f"head yes_no needs the language model's head, which {parent} has not (its embeddings are not tied)",
-        "start from a language model, or set head: classifier",
-    )
-
-
-def save_yes_no(model: Any, head: Head, parent: Path, out: Path) -> None:
-    """The language model whose `yes` less `no` is the score. Its two rows lie half the score's vector above and below
-    their mean. Where head and embedding are one and the two tokens may stand in a text, the head becomes its own.
-    """
-    assert head.tokens is not None
-    yes, no = head.tokens
-    rows = output_rows(model, parent).cpu().clone()
-    half = score_layer(model).weight.detach().cpu()[0] / 2
-    mean = (rows[yes] + rows[no]) / 2
-    rows[yes], rows[no] = mean + half, mean - half
-    config = copy.deepcopy(model.config)
-    config.tie_word_embeddings = bool(config.tie_word_embeddings and head.reserved)
-    config.num_labels, config.use_cache, config.architectures = 2, True, None
-    if hasattr(
-        config, "sentence_transformers"
-    ):  # of a parent that was a reranker: says how a classifier is read
-        del config.sentence_transformers
-    # as sentence-transformers' LogitScore names them
-    config.true_token_id, config.false_token_id = yes, no
-    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    whole.base_model.load_state_dict(model.base_model.state_dict())
-    with torch.no_grad():
-        whole.get_output_embeddings().weight.copy_(rows)  # a tied embedding with it
-    whole.save_pretrained(out, safe_serialization=True)
-    (out / "generation_config.json").unlink(missing_ok=True)
-
-
-def _set_pad(tokenizer: Any) -> None:
-    """A token that ends a text can't pad it: the classifier reads the last one that is no padding."""
-    around = template_of(tokenizer).ids
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in around:
-        return
-    for token in ("<|endoftext|>", tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens):
-        number = tokenizer.get_vocab().get(token)
-        if number is not None and number not in around:
-            tokenizer.pad_token = token
-            return
-    raise StepFailed(
-        "the tokenizer has no token to pad with but those at a text's ends", "use another tokenizer"
-    )
-
-
 # --- the teacher --------------------------------------------------------------------------------------------
 
 
@@ -411,7 +272,7 @@ def teacher_scores(folder: Path, texts: Sequence[str], pairs: Sequence[tuple[int
             folder, dtype=torch.float32, local_files_only=True
         )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    _exact(score_layer(model))
+    exact(score_layer(model))
     positions = int(getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
     encoder = Encoder(tokenizer, texts, min(positions, int(tokenizer.model_max_length)))
     lengths = [encoder.length(*pair) for pair in pairs]

@@ -791,7 +791,14 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
         "26:44: stages.emb.data: 'docs' is of format 'text', kind 'embed' reads pairs; for example pairs",
     ]),
     ("reranker without a parent", finders("rank: {kind: rerank, data: pairs}", rank="s"), [
-        "26:3: stages.rank: kind 'rerank' starts from a trained model: 'from' is missing; known: dpo, kd, pretrain, sft",
+        "26:3: stages.rank: kind 'rerank' starts from a trained model: 'from' is missing; write it, or lexical: {} to begin with the query's words (bert)",
+    ]),
+    ("reranker that begins with words, and with a parent", finders(rank("lexical: {}"), rank="b"), [
+        "26:53: stages.rank.lexical: a lexical start has no parent, and 'from' names one; keep one",
+        "26:53: stages.rank.lexical: a lexical start needs a bert with 2 or more layers, 1 head and hidden 32 or more; size 'b' has 2 layers, 2 heads, hidden 64 (bert); give the size arch: bert, layers: 2, heads: 1",
+    ]),
+    ("words of a reranker that is a decoder", finders("rank: {kind: rerank, data: pairs, lexical: {}}", rank="s"), [
+        "26:37: stages.rank.lexical: a lexical start needs a bert with 2 or more layers, 1 head and hidden 32 or more; size 's' has 2 layers, 2 heads, hidden 64 (qwen3); give the size arch: bert, layers: 2, heads: 1",
     ]),
     ("no negative", finders(rank("hard_negatives: {k: 0}"), rank="s"), [
         "26:73: stages.rank.hard_negatives.k: must be at least 1, not 0",

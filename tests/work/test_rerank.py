@@ -29,7 +29,7 @@ from famc.steps.base import RUNTIME, Amount, Setting
 from famc.steps.rerank import LOSSES as BY_OBJECTIVE
 from famc.steps.rerank import Rerank
 from famc.steps.shapes import shape_values
-from famc.work import rerank
+from famc.work import rank_model, rerank
 from famc.work.encoder_folder import encoder_tokenizer
 from famc.work.rank_data import Encoder, buckets, padded, read_lists
 from famc.work.rank_loss import LOSSES
@@ -42,6 +42,7 @@ SHAPES = {
     "bert": Shape("bert", 387, 2, 64, 128, 4, 4, 16, True, CONTEXT),
     "modernbert": Shape("modernbert", 387, 4, 64, 128, 4, 4, 16, True, CONTEXT),
 }
+WORDS_SHAPE = dataclasses.replace(SHAPES["bert"], heads=1, kv_heads=1, head_dim=64)
 OBJECTIVES = {loss: objective for objective, names in BY_OBJECTIVE.items() for loss in names}
 WORDS = list("QXZJVKWUYO")  # tokens of one letter
 
@@ -103,7 +104,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def job_of(kind: str = "qwen3", *, job: dict[str, Any] | None = None, **written: Any) -> Job:
     """A job with a stage's fields as a spec would write them."""
-    shape = SHAPES[kind]
+    shape = WORDS_SHAPE if kind == "words" else SHAPES[kind]
     needed = {"kind": "rerank", "context": CONTEXT, "steps": 4, "lr": {"peak": 2e-3}, "global_batch": 8}
     stage = Rerank.model_validate(needed | written)
     params: dict[str, Any] = dict(
@@ -342,7 +343,7 @@ def test_padding_does_not_change_a_score(home: dict[str, Path], tmp_path: Path) 
     """Buckets of pairs of like length, padded on the right, give what each pair gives alone."""
     tokenizer = encoder_tokenizer(home["tokenizer"], "qwen3", words=False)
     job = job_of()
-    model = rerank.start_model(job, home["qwen3"], tokenizer, rerank.Head((384, 385), True)).eval()
+    model = rank_model.start_model(job, home["qwen3"], tokenizer, rank_model.Head((384, 385), True)).eval()
     texts = [text for pair in PAIRS for text in pair]
     encoder = Encoder(tokenizer, texts, CONTEXT)
     pairs = [encoder.pair(2 * at, 2 * at + 1) for at in range(len(PAIRS))]
@@ -699,3 +700,24 @@ def test_a_text_is_not_padded_with_what_ends_it(home: dict[str, Path], tmp_path:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
+
+
+def test_a_reranker_may_begin_with_words(home: dict[str, Path], tmp_path: Path) -> None:
+    """Without a parent: it answers before its layers learn, says what that took, and goes on after a kill as if there
+    had been none. The folder is one of sentence-transformers."""
+    inputs = {name: home[name] for name in ("tokenizer", "data")}
+    job = job_of(
+        "words", objective="listwise", steps=2, lr=1e-5, lexical={"epochs": 8, "batch": 16, "lr": 0.02}
+    )
+    out = tmp_path / "whole"
+    out.mkdir()
+    metrics = rerank.run(job, inputs, out)
+    assert accuracy(out, drawn(60, 9)) > 0.9
+    assert metrics["lexical_steps"] == 200 and metrics["lexical_loss_last"] < metrics["lexical_loss_first"]
+    assert metrics["compute_cpu_seconds"] > 0
+    kept = json.loads((out / "checkpoints" / rank_model.START / rank_model.FACTS).read_text())
+    again = tmp_path / "again"
+    shutil.copytree(out / "checkpoints" / rank_model.START, again / "checkpoints" / rank_model.START)
+    resumed = rerank.run(job, {**inputs}, again)
+    assert same(out, again)
+    assert resumed["lexical_steps"] == kept["lexical_steps"]

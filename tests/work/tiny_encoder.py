@@ -36,9 +36,10 @@ def encoder_tokenizer(kind: Kind) -> PreTrainedTokenizerFast:
     if kind.startswith("qwen3"):
         single, pair = f"$A {end}", f"$A {mark} $B {end}"
     else:
-        # One type for both texts: transformers.js sends types for a BertTokenizer alone, and a byte-level BPE that calls
-        # itself one is read by transformers 5 as WordPiece, with unknown ids for every word.
-        single, pair = f"{mark} $A {end}", f"{mark} $A {end} $B {end}"
+        # a BERT is told which text a token belongs to, though transformers.js, which asks no tokenizer but BertTokenizer
+        # for types, sends zeros: the graph finds out by itself
+        single = f"{mark} $A {end}"
+        pair = f"{mark} $A {end} $B:1 {end}:1" if kind == "bert" else f"{mark} $A {end} $B {end}"
         tokenizer.cls_token, tokenizer.sep_token = mark, end
         tokenizer.unk_token = tokenizer.mask_token = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
