@@ -12,7 +12,7 @@ counts less, and a second match less than the first: BM25's saturation and its n
 Layer 2: [CLS] averages found_t over the query, weighted by the softmax of w_t found_t. The classifier reads that.
 
 All is a function of the token table and a few numbers, which are trained here alone, without the layers and hundreds of
-times faster; then every part may learn. A token's row holds w, k, a constant, and u, and two numbers that give every row
+times faster; then every part may learn. A token's row holds w, k, a constant, and u, and some numbers that give every row
 the same mean and norm, so that the norm below layer 1 changes nothing.
 """
 
@@ -33,9 +33,9 @@ from famc.work.marks import Marks
 from famc.work.rank_data import Array, Lists
 from famc.work.training import row_order
 
-# what a row's numbers are; u follows
-WEIGHT, KEY, CARRIER, PASSAGE, COUNTER, MARK, BALANCE = 0, 1, 2, 3, 4, 5, (6, 7)
-FIRST = 8
+# what a row's numbers are; what balances them and u follow
+WEIGHT, KEY, CARRIER, PASSAGE, COUNTER, MARK, BALANCE = range(7)
+NARROWEST = 32  # hidden size
 SHARE = 0.5  # of a row's squared norm is that of u
 PLAIN_WIDTH = 384  # at which w, k and the rest stand in a row as they are; in narrower ones they are smaller
 CONSTANT, SIDE, LIMIT = 3.0, 3.0, 5.0  # of the carrier, of the passage's type; w and k lie within +-LIMIT
@@ -45,6 +45,12 @@ GAIN, SLOPE, MIDDLE = 4.0, 0.6, 0.8  # of the mean in [CLS], and where the poole
 WARM = 20  # steps with a rising rate
 FAST = 5.0  # the few numbers, and w and k, move so much faster than u
 NEAR, FAR = 5, 2  # passages of a list in training: mined ones, and other queries' answers
+
+
+def first(hidden: int) -> int:
+    """Where u begins in a row. Many numbers balance a wide row, so that none of them is large: eight bits for a block of
+    weights or activations leave little of what stands beside a large one."""
+    return BALANCE + 2 * max(1, hidden // 32)
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,9 @@ class Words:
 class Matcher(torch.nn.Module):
     """What the two layers compute, from the parts of the token table."""
 
-    def __init__(self, spelling: torch.Tensor, rarity: torch.Tensor) -> None:
+    def __init__(self, hidden: int, spelling: torch.Tensor, rarity: torch.Tensor) -> None:
         super().__init__()
+        self.hidden = hidden
         self.u = torch.nn.Parameter(spelling.clone())
         self.w = torch.nn.Parameter(rarity.clone())
         self.k = torch.nn.Parameter(rarity - 1.0)
@@ -93,7 +100,7 @@ class Matcher(torch.nn.Module):
         """[queries, passages] scores; each query has equally many passages."""
         beta, null, lam, scale = self.few
         units, (w, k) = self.units(), self.levels()
-        width = FIRST + units.shape[1]
+        width = self.hidden
         rows, many = len(lists), len(lists[0])
         asked, times = words.padded(queries)
         read, often = words.padded([n for passages in lists for n in passages])
@@ -159,7 +166,7 @@ def train(
     rate = float(values["lr"])
     groups = [([model.u], 1.0), ([model.w, model.k, model.few], FAST)]
     optimizer = torch.optim.Adam([{"params": p, "lr": rate * by} for p, by in groups], betas=(0.9, 0.98))
-    first = last = 0.0
+    begin = last = 0.0
     for step in range(steps):
         now = min(1.0, (step + 1) / WARM) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         for group, (_, by) in zip(optimizer.param_groups, groups, strict=True):
@@ -172,10 +179,10 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         last = loss.item()
-        first = first or last
+        begin = begin or last
         if step % 10 == 0:
             progress(step / steps)
-    return {"lexical_steps": float(steps), "lexical_loss_first": first, "lexical_loss_last": last}
+    return {"lexical_steps": float(steps), "lexical_loss_first": begin, "lexical_loss_last": last}
 
 
 def _passages(
@@ -201,9 +208,9 @@ def _passages(
 def suits(model: Any) -> None:
     """StepFailed for a BERT that can't begin so."""
     config = model.config
-    if config.num_hidden_layers < 2 or config.num_attention_heads != 1 or config.hidden_size < 4 * FIRST:
+    if config.num_hidden_layers < 2 or config.num_attention_heads != 1 or config.hidden_size < NARROWEST:
         raise StepFailed(
-            f"a lexical start of a reranker needs 2 layers, 1 head and {4 * FIRST} or more hidden, not "
+            f"a lexical start of a reranker needs 2 layers, 1 head and {NARROWEST} or more hidden, not "
             f"{config.num_hidden_layers}, {config.num_attention_heads} and {config.hidden_size}",
             "give the size layers: 2 and heads: 1",
         )
@@ -219,7 +226,7 @@ def write(model: Any, matcher: Matcher, marks: Marks) -> None:
     with torch.no_grad():
         beta, null, lam, scale = (float(value) for value in matcher.few)
         _table(bert.embeddings, matcher, marks, unit, null)
-        first, second = bert.encoder.layer[0], bert.encoder.layer[1]
+        lower, upper = bert.encoder.layer[0], bert.encoder.layer[1]
         for layer in bert.encoder.layer:
             for part in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
                 part.weight.zero_()
@@ -227,9 +234,9 @@ def write(model: Any, matcher: Matcher, marks: Marks) -> None:
             for part in (layer.attention.output.dense, layer.output.dense):
                 part.weight.zero_()
                 part.bias.zero_()
-        spans = torch.arange(FIRST, n)
+        spans = torch.arange(first(n), n)
         size = math.sqrt(SHARE * n)  # of u in a row
-        seen, out = first.attention.self, first.attention.output.dense
+        seen, out = lower.attention.self, lower.attention.output.dense
         seen.query.weight[spans, spans] = math.sqrt(abs(beta) * root) / size
         seen.key.weight[spans, spans] = math.copysign(math.sqrt(abs(beta) * root) / size, beta) / passage
         seen.query.bias[KEY] = root
@@ -241,7 +248,7 @@ def write(model: Any, matcher: Matcher, marks: Marks) -> None:
         seen.key.weight[MARK, MARK] = 1 / side
         seen.value.weight[spans, spans] = 1 / passage
         out.weight[spans, spans] = -lam
-        seen, out = second.attention.self, second.attention.output.dense
+        seen, out = upper.attention.self, upper.attention.output.dense
         seen.query.bias[WEIGHT] = root
         seen.key.weight[WEIGHT, WEIGHT] = 1 / unit
         seen.query.bias[PASSAGE] = seen.query.bias[MARK] = -APART * root
@@ -266,17 +273,19 @@ def _table(embeddings: Any, matcher: Matcher, marks: Marks, unit: float, null: f
     units = matcher.units()
     known = len(units)  # the table may be padded
     rows = torch.zeros_like(table)
-    rows[:known, FIRST:] = units * math.sqrt(SHARE * n)
+    rows[:known, first(n) :] = units * math.sqrt(SHARE * n)
     rows[:known, WEIGHT], rows[:known, KEY] = w * unit, k * unit
     rows[:, CARRIER] = CONSTANT * unit
     for mark in {marks.cls, marks.sep}:
         rows[mark] = 0.0
         rows[mark, MARK] = SIDE * unit
         rows[mark, KEY] = max(-LIMIT, min(LIMIT, null)) * unit
-    # x + y = -sum, x^2 + y^2 = n - sum of squares
-    total, room = rows.sum(1), n - rows.square().sum(1)
+    # half of them are x and half are y: x + y = -sum / half, x^2 + y^2 = (n - sum of squares) / half
+    half = (first(n) - BALANCE) // 2
+    total, room = rows.sum(1, keepdim=True) / half, (n - rows.square().sum(1, keepdim=True)) / half
     apart = (room / 2 - (total / 2).square()).sqrt()
-    rows[:, BALANCE[0]], rows[:, BALANCE[1]] = -total / 2 + apart, -total / 2 - apart
+    rows[:, BALANCE : BALANCE + half] = -total / 2 + apart
+    rows[:, BALANCE + half : first(n)] = -total / 2 - apart
     table.copy_(rows)
     embeddings.position_embeddings.weight.zero_()
     types = embeddings.token_type_embeddings.weight

@@ -130,9 +130,11 @@ def lexical_model(
         torch.manual_seed(seed)  # of what the start leaves to chance: the feed-forwards, the pooler
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         matching.suits(model)
-        width = int(config.hidden_size) - matching.FIRST
+        hidden = int(config.hidden_size)
         matcher = matching.Matcher(
-            matching.spelling(tokenizer, width, seed), matching.rarity(encoder.ids, len(tokenizer))
+            hidden,
+            matching.spelling(tokenizer, hidden - matching.first(hidden), seed),
+            matching.rarity(encoder.ids, len(tokenizer)),
         )
         facts = matching.train(
             matcher, lists, matching.Words.of(encoder.ids, encoder.room), params["lexical"], seed=seed,

@@ -34,8 +34,8 @@ def bert(layers: int = 2, hidden: int = 48, heads: int = 1) -> Any:
 def matcher(hidden: int = 48, seed: int = 0, spread: float = 1.0) -> Matcher:
     """Random token vectors; weights that differ by `spread`."""
     generator = torch.Generator().manual_seed(seed)
-    u = torch.randn(VOCAB, hidden - matching.FIRST, generator=generator)
-    return Matcher(u, spread * torch.randn(VOCAB, generator=generator))
+    u = torch.randn(VOCAB, hidden - matching.first(hidden), generator=generator)
+    return Matcher(hidden, u, spread * torch.randn(VOCAB, generator=generator))
 
 
 def scored(model: Any, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
