@@ -25,7 +25,7 @@ from famc.cost.shape import Shape
 from famc.errors import UsageError, did_you_mean
 from famc.graph import Node
 from famc.plan import Plan
-from famc.steps.exports import GENAI_CONFIG
+from famc.steps.exports import GENAI_CONFIG, storage
 from famc.store import Store
 
 PROMPT, TOKENS, REPEATS = 512, 64, 3
@@ -157,18 +157,9 @@ def _of_export(base: Request, node: Node, plan: Plan, store: Store) -> Iterator[
 def _stored(node: Node, facts: Mapping[str, Any], shape: Shape) -> decode.Stored | None:
     """How the export's weights are stored: by its parameters, and by what its record says of head and
     table."""
-    params = node.params
-
-    def kept(fact: str, param: str) -> str:
-        found = str(facts.get(fact) or params.get(param))
-        return found if found in ("int4", "int8", "fp32") else "int8"
-
+    found = {"lm_head": facts.get("lm_head"), "embeddings": facts.get("embedding")}
     try:
-        return decode.stored(
-            str(params["format"]), str(params["quant"]), tie=shape.tie, block_size=int(params.get("block_size") or 32),
-            symmetric=params.get("symmetric", True) is not False, head=kept("lm_head", "lm_head"),
-            table=kept("embedding", "embeddings"),
-        )  # fmt: skip
+        return storage(shape, {**node.params, **{name: value for name, value in found.items() if value}})
     except ValueError:
         return None
 

@@ -9,47 +9,40 @@ blocked (it, or what it needs, can't run here: `because` says why).
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from famc.backend import Accelerator, detect_cpu, load_accelerator
-from famc.cost import memory, money, roofline
-from famc.cost.layout import DoesNotFit, Layout, choose
-from famc.cost.memory import RUNTIME, Memory
-from famc.cost.parameters import count, lora
+from famc.backend import Accelerator
+from famc.cost import money
+from famc.cost.device import Impossible
+from famc.cost.layout import DoesNotFit, Layout
+from famc.cost.memory import Memory
+from famc.cost.parameters import count
 from famc.errors import FitError, StoreError
 from famc.graph import Graph, Node
+from famc.hardware import LOCAL, Hardware
+from famc.hardware import hardware as hardware_of
 from famc.job import KEY_SCHEMA, Job, preimage
-from famc.spec.family import BackendUse, Family
+from famc.price import Quote, options, price
+from famc.spec.family import Family
 from famc.steps import KINDS
-from famc.steps.exports import export_memory
 from famc.store import Store, digest, read_record
 
-# A worker without a model still holds Python, the tokenizer, and a few chunks of text (measured: 150–350 MB).
-PLAIN_MEMORY = Memory(overhead=4.0e8)
-LOCAL = "local"
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A backend as the spec uses it: the accelerator, how many, and what it costs."""
-
-    name: str
-    accelerator: Accelerator
-    nodes: int
-    per_node: int
-    scheduler: str
-    usd_per_device_hour: float
-    price_basis: str
-
-    @property
-    def local(self) -> bool:
-        """Whether famc itself starts the jobs, here."""
-        return self.scheduler == "local"
+__all__ = [
+    "LOCAL",
+    "Hardware",
+    "Plan",
+    "Planned",
+    "differences",
+    "explain",
+    "keys",
+    "measured",
+    "plan",
+    "ways",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,7 @@ class Planned:
     seconds: float
     mfu: float
     basis: str
+    interval: tuple[float, float] = (0.0, 0.0)  # seconds between which 90 % are expected
     precision_why: str = ""
     threads: int = 1
 
@@ -111,7 +105,7 @@ class Planned:
             },
             "params": {"total": parameters.total, "active": parameters.active} if parameters else {"total": 0, "active": 0},
             "tokens": node.work.tokens, "flops": node.work.flops, "mfu": self.mfu, "seconds": self.seconds,
-            "device_hours": self.device_hours, "cost_usd": self.cost_usd, "energy_kwh": self.energy_kwh,
+            "interval": list(self.interval), "device_hours": self.device_hours, "cost_usd": self.cost_usd, "energy_kwh": self.energy_kwh,
             "co2e_kg": money.co2e_kg(self.energy_kwh), "basis": self.basis,
         }  # fmt: skip
 
@@ -134,11 +128,6 @@ class Plan:
         """Steps whose artifact is not there."""
         return tuple(s for s in self.steps.values() if s.status != "cached")
 
-    @cached_property
-    def makespan_seconds(self) -> float:
-        """Wall time of what is to run: list scheduling in graph order on the cores (local) or devices of each backend."""
-        return _makespan(self)
-
     def totals(self) -> dict[str, Any]:
         """Sums over the steps that are to run."""
         run = self.to_run
@@ -158,12 +147,11 @@ class Plan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """`famc plan --json`."""
+        """The steps and their sums, as `famc plan --json` shows them; famc.planning adds when they run."""
         return {
             "family": self.family.family.name,
             "steps": [s.to_dict() for s in self.steps.values()],
             "totals": self.totals(),
-            "makespan_seconds": self.makespan_seconds,
         }
 
     def job(self, name: str) -> Job:
@@ -211,7 +199,7 @@ def plan(
     `out` holds the store. `local` is this machine (default: looked at), for backends that name no accelerator.
     """
     store = Store(out / "store")
-    hardware = _hardware(graph.spec.family, graph.spec.folder, local)
+    hardware = hardware_of(graph.spec.family, graph.spec.folder, local)
     fallback = hardware.get(LOCAL) or next(iter(hardware.values()))
     all_keys = keys(graph)
     wanted = set(graph.nodes) if names is None else graph.closure(names, up=True)
@@ -225,8 +213,8 @@ def plan(
         key = all_keys[name]
         standing = _status(node, key, present.get(name, []), steps, store)
         try:
-            steps[name] = _plan_step(node, key, where, *standing)
-        except (DoesNotFit, ValueError) as error:
+            steps[name] = _planned(node, key, where, *standing, price(node, where))
+        except (DoesNotFit, Impossible) as error:
             unfit.append(_unfit(node, where, error))
     if unfit:
         raise FitError("\n".join(unfit))
@@ -240,129 +228,42 @@ def measured(made: Plan) -> Plan:
     for name, step in made.steps.items():
         seconds = _measured(store, name, step.key) if step.status == "cached" else None
         if seconds is not None:
-            steps[name] = replace(step, seconds=seconds, basis="measured")
+            steps[name] = replace(step, seconds=seconds, basis="measured", interval=(seconds, seconds))
     return replace(made, steps=steps)
 
 
-# --- hardware --------------------------------------------------------------------------------------------------------
+def ways(step: Planned) -> tuple[Planned, ...]:
+    """The step with each of its layouts of which none is slower and on as many devices (or threads) as another: devices
+    ascending, seconds descending. One for what is not spread."""
+    found = options(step.node, step.hardware)
+    return tuple(_planned(step.node, step.key, step.hardware, step.status, step.because, q) for q in found)
 
 
-def _hardware(family: Family, folder: Path, local: Accelerator | None) -> dict[str, Hardware]:
-    machine: list[Accelerator] = [] if local is None else [local]
-
-    def here() -> Accelerator:
-        if not machine:
-            machine.append(detect_cpu())
-        return machine[0]
-
-    result = {name: _use(name, use, folder, here) for name, use in family.backends.items()}
-    if not result:
-        result[LOCAL] = _use(LOCAL, BackendUse(), folder, here)
-    return result
-
-
-def _use(name: str, use: BackendUse, folder: Path, here: Any) -> Hardware:
-    chip = use.gpu or use.use
-    accelerator: Accelerator = load_accelerator(chip, folder) if chip else here()
-    if accelerator.kind == "cpu":
-        changes: dict[str, Any] = {}
-        if use.cpu:
-            accelerator = accelerator.with_cores(use.cpu)
-        if use.ram:
-            changes["memory_gb"] = use.ram / 1e9
-        if changes:
-            accelerator = accelerator.model_copy(update=changes)
-    devices = use.per_node if accelerator.kind == "gpu" else 1
-    if use.usd_per_gpu_hour is not None:
-        price, basis = use.usd_per_gpu_hour, "spec"
-    elif use.usd_per_hour is not None:
-        price, basis = use.usd_per_hour / devices, "spec"
-    elif accelerator.usd_per_hour is not None:
-        price, basis = (
-            accelerator.usd_per_hour.on_demand,
-            f"{accelerator.usd_per_hour.source}, {accelerator.usd_per_hour.date}",
-        )
-    else:
-        price, basis = 0.0, "none known"
-    return Hardware(name, accelerator, use.nodes, devices, use.scheduler, price, basis)
-
-
-# --- one step --------------------------------------------------------------------------------------------------------
-
-
-def _plan_step(node: Node, key: str, where: Hardware, status: str, because: tuple[str, ...]) -> Planned:
-    device = where.accelerator.device
-    wish = node.params.get("precision", "auto")
-    precision, why = where.accelerator.training_precision() if wish == "auto" else (wish, "set in the spec")
-    if device.kind == "cpu" and wish == "auto" and precision == "bf16":
-        why = "bf16 autocast: this CPU multiplies bf16 in hardware"
-    threads = _threads(node, device.cores) if device.kind == "cpu" else 1
-    work = node.work
-    if work.mode == "train" and node.shape is not None:
-        adapters = node.params.get("lora")
-        trainable = lora(node.shape, int(adapters["r"])) if adapters else None
-        batch = max(1, round(work.sequences))
-        forced = {k: node.runtime[k] for k in ("micro_batch", "recompute") if node.runtime.get(k) is not None}
-        held_context = work.context * work.rows
-        layout, held = choose(
-            node.shape, context=held_context, global_batch=batch, device=device, nodes=where.nodes, per_node=where.per_node,
-            trainable_params=trainable, precision=precision, forced=forced, head=work.head,
-        )  # fmt: skip
-        used = where.accelerator.with_cores(threads).device if device.kind == "cpu" else device
-        estimate = roofline.job(
-            node.shape, layout, used, steps=max(1, math.ceil(work.optimizer_steps)), context=work.context,
-            per_node=where.per_node, flops=work.flops, trainable_params=trainable,
-        )  # fmt: skip
-        return Planned(node, key, status, because, where, layout, held, device.usable, estimate.seconds + work.cpu_seconds, estimate.mfu,
-                       _weaker(estimate.basis, work.basis), why, threads)  # fmt: skip
-    layout = Layout(precision="fp32" if device.kind == "cpu" else precision)
-    if work.mode == "infer" and node.shape is not None:
-        context = min(work.context, 4096)
-        layout = Layout(micro_batch=8, precision=layout.precision)
-        held = memory.inference(node.shape, layout, context, kind=device.kind)
-        while held.total > device.usable and layout.tp < where.per_node:
-            tp = layout.tp * 2
-            layout = Layout(
-                devices=tp,
-                tp=tp,
-                micro_batch=8,
-                precision=layout.precision,
-                why=(f"weights over {tp} devices",),
-            )
-            held = memory.inference(node.shape, layout, context, kind=device.kind)
-        if held.total > device.usable:
-            raise DoesNotFit(held.biggest, "use a backend with more memory", held, device.usable)
-        peak = device.peak(layout.precision) * layout.devices
-        seconds = roofline.STARTUP[device.kind] / 3 + work.flops / (peak * 0.3) + work.cpu_seconds
-        return Planned(node, key, status, because, where, layout, held, device.usable, seconds, work.flops / (seconds * peak),
-                       "modelled", "", threads)  # fmt: skip
-    if node.kind == "export" and node.shape is not None:
-        held = Memory(
-            weights=export_memory(node.shape, count(node.shape).total, node.params), overhead=RUNTIME["cpu"]
-        )
-    else:
-        held = PLAIN_MEMORY
-    seconds = 0.5 + work.cpu_seconds
+def _planned(
+    node: Node, key: str, where: Hardware, status: str, because: tuple[str, ...], quote: Quote
+) -> Planned:
+    if status in ("new", "changed") and (why := _only_planned(node, where, quote.layout)):
+        status, because = "blocked", (why,)
     return Planned(
-        node, key, status, because, where, layout, held, device.usable, seconds, 0.0, work.basis, "", threads
+        node, key, status, because, where, quote.layout, quote.memory, quote.limit, quote.seconds, quote.mfu, quote.basis,
+        quote.interval, quote.precision_why, quote.threads,
+    )  # fmt: skip
+
+
+def _only_planned(node: Node, where: Hardware, layout: Layout) -> str:
+    """Why a training step can be priced but not run by famc; empty where it can."""
+    if node.work.mode != "train":
+        return ""
+    if why := where.accelerator.no_training():
+        return why
+    degrees = [f"{n} {v}" for n, v in (("pp", layout.pp), ("ep", layout.ep)) if v > 1]
+    if layout.precision not in ("bf16", "fp16", "fp32"):
+        degrees.append(layout.precision)
+    return (
+        f"{', '.join(degrees)}: backends.{where.name}.runtime is any, and famc's trainers have none of it"
+        if degrees
+        else ""
     )
-
-
-def _threads(node: Node, cores: int) -> int:
-    """Cores of a job: small matrices gain little from more than one, and other jobs run beside it."""
-    if node.work.mode != "train" or node.shape is None:
-        return 1
-    return max(1, min(cores, round(count(node.shape).total / PARAMETERS_A_THREAD)))
-
-
-# Parameters that keep one more CPU thread busy in training. A second thread made the example's 2.5 M model 1.1 to 1.2
-# times as fast (benchmarks/build.py --loop prints it): below, two jobs side by side do more.
-PARAMETERS_A_THREAD = 10_000_000
-
-
-def _weaker(*bases: str) -> str:
-    order = ("measured", "modelled", "assumed")
-    return max(bases, key=order.index)
 
 
 def _unfit(node: Node, where: Hardware, error: Exception) -> str:
@@ -398,10 +299,36 @@ def explain(node: Node, steps: Mapping[str, Planned], older: Path) -> list[str]:
         old = read_record(older).get("identity", {})
     except StoreError as error:
         return [error.message]
-    version = KINDS[node.kind].version
     reasons = []
     if old.get("schema") != KEY_SCHEMA:
         reasons.append(f"key schema: {old.get('schema')} -> {KEY_SCHEMA}")
+    reasons += _own(node, old)
+    old_inputs = old.get("inputs", {})
+    for role, need in node.inputs.items():
+        if role not in old_inputs:
+            reasons.append(f"new input {need}")
+        elif old_inputs[role] != steps[need].key:
+            reasons.append(
+                f"needs {need}, which {'changed' if steps[need].status != 'cached' else 'is another one'}"
+            )
+    reasons += [f"no longer reads {role}" for role in sorted(set(old_inputs) - set(node.inputs))]
+    return reasons
+
+
+def differences(node: Node, old: Mapping[str, Any]) -> list[str]:
+    """What differs between a step and what bore its identity in a plan: version, params, inputs by role."""
+    read = old["inputs"]
+    return _own(node, old) + [
+        f"{role}: reads {read.get(role, 'nothing')} -> {node.inputs.get(role, 'nothing')}"
+        for role in sorted(read.keys() | node.inputs.keys())
+        if read.get(role) != node.inputs.get(role)
+    ]
+
+
+def _own(node: Node, old: Mapping[str, Any]) -> list[str]:
+    """What differs in a step itself, and where it was written."""
+    version = KINDS[node.kind].version
+    reasons = []
     if old.get("version") != version:
         reasons.append(f"{node.kind} worker's version: {old.get('version')} -> {version}")
     before, now = _flat(old.get("params", {})), _flat(node.params)
@@ -412,15 +339,6 @@ def explain(node: Node, steps: Mapping[str, Planned], older: Path) -> list[str]:
             reasons.append(
                 f"{name}: {_short(before.get(name, 'not set'))} -> {_short(now.get(name, 'not set'))}{place}"
             )
-    old_inputs = old.get("inputs", {})
-    for role, need in node.inputs.items():
-        if role not in old_inputs:
-            reasons.append(f"new input {need}")
-        elif old_inputs[role] != steps[need].key:
-            reasons.append(
-                f"needs {need}, which {'changed' if steps[need].status != 'cached' else 'is another one'}"
-            )
-    reasons += [f"no longer reads {role}" for role in sorted(set(old_inputs) - set(node.inputs))]
     return reasons
 
 
@@ -449,34 +367,3 @@ def _measured(store: Store, name: str, key: str) -> float | None:
         value = store.record(name, key).get("seconds")
         return float(value) if value else None
     return None
-
-
-# --- time ------------------------------------------------------------------------------------------------------------
-
-
-def _makespan(plan: Plan) -> float:
-    """Greedy list scheduling: each step starts when its needs are done and its devices are free."""
-    import heapq
-
-    free: dict[str, list[float]] = {}
-    done: dict[str, float] = {}
-    last = 0.0
-    for name, step in plan.steps.items():
-        ready = max((done.get(need, 0.0) for need in step.node.needs), default=0.0)
-        if step.status == "cached":
-            done[name] = ready
-            continue
-        hardware = step.hardware
-        cpu = hardware.accelerator.kind == "cpu"
-        lanes = free.setdefault(
-            hardware.name, [0.0] * (hardware.accelerator.device.cores if cpu else hardware.nodes)
-        )
-        wanted = step.threads if cpu else step.layout.nodes
-        taken = [heapq.heappop(lanes) for _ in range(min(wanted, len(lanes)))]
-        start = max(ready, max(taken))
-        end = start + step.seconds
-        for _ in taken:
-            heapq.heappush(lanes, end)
-        done[name] = end
-        last = max(last, end)
-    return last

@@ -190,8 +190,10 @@ def run(
     execute: Callable[[Job], int] | None = None,
     tell: Tell = lambda event: None,
     keep_going: bool = True,
+    order: Sequence[str] | None = None,
 ) -> Report:
-    """Run all steps of a plan that are not in the store.
+    """Run all steps of a plan that are not in the store. Of those that can start, the first in `order` does; without it
+    the one with the longest chain behind it.
 
     Raises UsageError before anything starts if one can't run here, or another build works in the folder.
     """
@@ -201,7 +203,7 @@ def run(
         return Report(cached=tuple(plan.steps), seconds=time.monotonic() - started)
     with locked(plan.out), contextlib.ExitStack() as stack:
         runner = execute if execute is not None else stack.enter_context(Execute())
-        build = _Build(plan, runner, tell, keep_going)
+        build = _Build(plan, runner, tell, keep_going, order)
         build.go()
     return Report(
         tuple(build.done), tuple(build.reused), build.cached, dict(build.failed), tuple(build.skipped),
@@ -224,7 +226,14 @@ def refuse_blocked(plan: Plan) -> None:
 class _Build:
     """One run: a queue of finished jobs, a thread a running job, decisions in the caller's thread only."""
 
-    def __init__(self, plan: Plan, execute: Callable[[Job], int], tell: Tell, keep_going: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        execute: Callable[[Job], int],
+        tell: Tell,
+        keep_going: bool,
+        order: Sequence[str] | None,
+    ) -> None:
         self.plan, self.execute, self.tell, self.keep_going = plan, execute, tell, keep_going
         self.store = Store(plan.out / "store")
         # the plan was made before the lock was held: another build may have made some of it since
@@ -237,7 +246,7 @@ class _Build:
         self.reused: list[str] = []
         self.failed: dict[str, str] = {}
         self.skipped: list[str] = []
-        self.rank = _bottom_levels(plan)
+        self.rank = _bottom_levels(plan) if order is None else {n: -float(i) for i, n in enumerate(order)}
         self.before = _waits_for(plan, self.waiting)
 
     def go(self) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 from fake_build import Fake, toy_plan, write_spec
+from test_calibrate import figures
 
 from famc.cli import COMMANDS, main
 from famc.plan import Plan
 from famc.run import run
 from famc.store import Store
 
-NO_SPEC = ("schema", "doctor")  # commands that read no family
+NO_SPEC = ("schema", "doctor", "estimate", "calibrate")  # commands that read no family
 LR = ("lr: 1e-3", "lr: 2e-3")
 NO_DATA = ("path: data/qa.jsonl", "path: data/none.jsonl")
 
@@ -62,6 +63,8 @@ def famc(tmp_path, capsys, monkeypatch):
                 "tokens": 2,
             }
 
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr("famc.calibrate._measured", lambda seconds, cores: figures(disturbed=False))
     monkeypatch.setattr("famc.run.Execute", Executes)
     monkeypatch.setattr("famc.attempt.Session", Tries)
     monkeypatch.setattr("famc.bench.subprocess_runner", measures)
@@ -86,7 +89,14 @@ def built(tmp_path: Path, *edits) -> Plan:
 
 
 def arguments(command: str) -> list[str]:
-    asked = {"why": ["s/sft"], "show": ["s/sft"], "bench": ["s/instruct"], "try": ["s/instruct", "2 + 2?"]}
+    setup = ["--model", "qwen3-0.6b", "--backend", "h100-80g", "--seq-len", "4096", "--global-batch", "64"]
+    asked = {
+        "why": ["s/sft"],
+        "estimate": setup,
+        "show": ["s/sft"],
+        "bench": ["s/instruct"],
+        "try": ["s/instruct", "2 + 2?"],
+    }
     return asked.get(command, [])
 
 
@@ -222,6 +232,93 @@ def test_plan_of_a_built_family_has_nothing_to_do(tmp_path, famc):
 def test_plan_writes_what_json_tells(tmp_path, famc):
     _, out, _ = famc("plan", "--json", "-o", "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(out)
+
+
+def test_plan_tells_when_steps_run_how_good_that_is_and_what_decides_it(tmp_path, famc):
+    told = json.loads(famc("plan", "--json")[1])
+    steps = {s["name"]: s for s in told["steps"]}
+    assert max(s["end_seconds"] for s in steps.values()) == told["makespan_seconds"]
+    assert steps["s/sft"]["start_seconds"] >= steps["s/pretrain"]["end_seconds"]
+    assert told["lower_bound"] <= told["makespan_seconds"]
+    assert told["gap"] == pytest.approx(1 - told["lower_bound"] / told["makespan_seconds"])
+    assert steps[told["critical_path"][-1]]["end_seconds"] == told["makespan_seconds"]
+    assert told["schedule"]["minimize"] == "time"
+    out = famc("plan")[1]
+    assert "schedule: no other has less time" in out
+    assert "critical path: " in out
+
+
+def test_plan_tells_what_a_change_costs_and_what_it_saves(tmp_path, famc):
+    made = built(tmp_path)
+    told = json.loads(famc("plan", "--json", edits=[LR])[1])
+    cached = [s for s in told["steps"] if s["status"] == "cached"]
+    assert told["totals"]["kept"]["steps"] == len(cached)
+    assert told["totals"]["kept"]["seconds"] == pytest.approx(0.5 * len(cached)), (
+        "what they took: their records"
+    )
+    again = len(made.steps) - len(cached)
+    assert told["totals"]["status"] == {"cached": len(cached), "changed": again}
+    assert f"kept: {len(cached)} cached steps, which would take " in famc("plan", edits=[LR])[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--deadline", "soon"], "--deadline: expected a time such as 14d, 36h, 90min or 30s, not 'soon'"),
+        (["--deadline", "14"], "--deadline: expected a time such as"),
+        (["--deadline", "-3d"], "argument --deadline: expected one argument"),
+        (["--deadline=-3d"], "--deadline: expected a time such as"),
+        (["--budget", "much"], "--budget: expected USD such as 250000, not 'much'"),
+        (["--budget=-1"], "--budget: expected USD"),
+        (["--optimal", "0"], "--optimal 0: seconds between 0 and 3600"),
+        (["--minimize", "joy"], "argument --minimize: invalid choice: 'joy'"),
+    ],
+)
+def test_objectives_that_mean_nothing_are_refused(famc, words, says):
+    code, out, err = famc("plan", *words)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+def test_limits_that_nothing_keeps_end_with_three_and_the_least(famc):
+    code, out, err = famc("plan", "--deadline", "1s")
+    assert (code, out) == (3, "")
+    assert err.startswith("error: the deadline of 1 s can't be kept: the soonest end found is ")
+    assert " on laptop " in err, "with what"
+    assert json.loads(famc("plan", "--deadline", "1s", "--json")[1])["exit_code"] == 3
+    assert famc("plan", "--deadline", "9d", "--budget", "$1,000", "-q")[0] == 0
+
+
+def test_build_does_a_written_plan(tmp_path, famc):
+    assert famc("plan", "--minimize", "time", "-o", "plan.json", "-q")[0] == 0
+    code, out, _ = famc("build", "--json", spec="plan.json")
+    assert (code, len(json.loads(out)["done"])) == (0, len(toy_plan(tmp_path).steps))
+    assert famc("build", spec="plan.json")[1].endswith("Nothing to do.\n")
+
+
+def test_stdout_can_be_kept_as_a_plan(tmp_path, famc):
+    (tmp_path / "kept.json").write_text(famc("plan", "--json")[1])
+    assert famc("build", "-q", spec="kept.json")[0] == 0
+
+
+def test_a_written_plan_of_another_spec_is_refused(tmp_path, famc):
+    famc("plan", "-o", "plan.json", "-q")
+    code, out, err = famc("build", spec="plan.json", edits=[LR])
+    assert (code, out) == (2, "")
+    assert "plan.json is not a plan of " in err
+    assert "  s/pretrain: lr.peak: 0.001 -> 0.002 (toy.yaml:15)" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_written_plan_takes_no_other_words_and_is_no_spec(famc):
+    famc("plan", "-o", "plan.json", "-q")
+    code, _, err = famc("build", "--select", "s/sft", spec="plan.json")
+    assert (code, err.splitlines()[0]) == (
+        2,
+        "error: --select: plan.json is a plan, and is done as it stands",
+    )
+    code, _, err = famc("plan", spec="plan.json")
+    assert (code, err) == (2, "error: plan.json is a plan, not a spec\nhint: famc build takes it\n")
 
 
 def test_what_does_not_fit_ends_with_three(famc):
@@ -550,3 +647,117 @@ def test_a_terminal_without_colours_is_respected(tmp_path):
         os.close(reader)
     assert seen[""].startswith(b"\033[31merror\033[0m: none.yaml")
     assert seen["1"].startswith(b"error: none.yaml")
+
+
+# --- calibrate --------------------------------------------------------------------------------------------
+
+
+def test_calibrate_tells_what_it_measured_and_which_plans_use_it(tmp_path, famc, capsys):
+    code, out, err = famc("calibrate", edits=None)
+    assert code == 0
+    assert err == "measuring this machine for about 35 s\n"
+    assert "GFLOP/s" in out
+    assert f"written to {tmp_path}/config/famc/backends/this-cpu.yaml" in out
+    assert "used by every local plan of this user" in out
+    code = main(["calibrate", "--json", "--out", str(tmp_path / "backends"), "--seconds", "20"])
+    assert code == 2, "no such folder, and no name that is looked for"
+    capsys.readouterr()
+    (tmp_path / "backends").mkdir()
+    assert main(["calibrate", "--json", "--out", str(tmp_path / "backends")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["file"] == str(tmp_path / "backends" / "this-cpu.yaml")
+    assert told["basis"] == "measured"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan", "1e9"])
+def test_calibrate_measures_for_a_reasonable_time_only(capsys, seconds):
+    assert main(["calibrate", f"--seconds={seconds}"]) == 2
+    assert "between 5 and 600" in capsys.readouterr().err
+
+
+# --- estimate ---------------------------------------------------------------------------------------------
+
+SETUP = [
+    "--model",
+    "qwen3-8b",
+    "--backend",
+    "h100-80g",
+    "--devices",
+    "16",
+    "--seq-len",
+    "4096",
+    "--global-batch",
+    "64",
+]
+
+
+def estimated(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(["estimate", *words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_estimate_tells_the_step_object_of_a_plan(capsys):
+    code, out, err = estimated(capsys, *SETUP, "--tokens", "300B", "--json")
+    told = json.loads(out)
+    assert (code, err) == (0, "")
+    assert {"name", "backend", "layout", "memory", "params", "tokens", "flops", "mfu", "seconds", "device_hours", "cost_usd",
+            "energy_kwh", "co2e_kg", "basis", "interval"} <= told.keys()  # fmt: skip
+    assert told["layout"]["devices"] == 16
+    assert told["params"] == {"total": 8190735360, "active": 8190735360}
+    assert 300e9 <= told["tokens"] < 300e9 + 64 * 4096, "whole steps"
+    assert told["device_hours"] == pytest.approx(told["seconds"] * 16 / 3600)
+    low, high = told["interval"]
+    assert low < told["seconds"] < high
+    code, out, _ = estimated(capsys, *SETUP)
+    assert "8.19B parameters" in out
+    assert "16 x h100-80g in 2 nodes" in out
+
+
+def test_estimate_keeps_what_is_set(capsys):
+    told = json.loads(
+        estimated(capsys, *SETUP, "--tp", "4", "--micro-batch", "2", "--recompute", "full", "--json")[1]
+    )
+    assert [told["layout"][k] for k in ("tp", "micro_batch", "recompute")] == [4, 2, "full"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--model", "qwen3-9b"], 2, "did you mean 'qwen3-8b'?"),
+        (["--backend", "h101"], 2, "no accelerator `h101`"),
+        (["--precision", "fp7"], 2, "fp7"),
+        (["--recompute", "some"], 2, "recompute 'some': choose none, selective, full"),
+        (["--devices", "0"], 2, "--devices 0: it must be at least 1"),
+        (["--devices=-8"], 2, "--devices: must be at least 0"),
+        (["--tokens", "none"], 2, "--tokens: expected an amount such as 3M, not 'none'"),
+        (["--seq-len", "1.5"], 2, "--seq-len: '1.5' is not a whole number"),
+        (["--tp", "5"], 2, "tp 5 does not divide the 32 heads"),
+        (["--pp", "99", "--devices", "99"], 2, "pp 99 is more than the 36 layers"),
+        (["--model", "qwen3-235b-a22b"], 3, "devices with"),
+        (["--config", "none.json"], 2, "not allowed with argument"),
+        (["--batch", "cases.csv"], 2, "not allowed with argument"),
+        (["--tpp", "2"], 2, "unrecognized arguments: --tpp"),
+    ],
+)
+def test_estimate_names_what_can_not_be(capsys, words, code, says):
+    given, _, err = estimated(capsys, *SETUP, *words)
+    assert (given, says in err, "Traceback" in err) == (code, True, False), err
+
+
+def test_estimate_of_a_table_is_an_object_a_line(tmp_path, capsys):
+    cases = Path(__file__).parents[1] / "benchmarks" / "data" / "calibration.csv"
+    lines = cases.read_text().splitlines()
+    (tmp_path / "cases.csv").write_text(
+        "\n".join([*lines[:4], lines[3].replace("H100-SXM-80GB", "Z80")]) + "\n"
+    )
+    code, out, err = estimated(capsys, "--batch", str(tmp_path / "cases.csv"), "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err, len(rows)) == (0, "", 4)
+    for row in rows[:3]:
+        assert row.keys() >= {"id", "fits", "step_seconds", "tokens_per_second_per_device", "memory", "device_hours", "params",
+                              "interval"}  # fmt: skip
+    assert rows[3].keys() == {"id", "error"}
+    assert estimated(capsys, "--batch", "none.csv")[0] == 2
+    code, _, err = estimated(capsys, "--batch", str(tmp_path / "cases.csv"), "--tp", "2")
+    assert (code, err.splitlines()[0]) == (2, "error: --tp: with --batch every row says it all")

@@ -302,6 +302,7 @@ ROWS: dict[str, Row] = {
     "gates.*.within": row("gates.0.within=0.02", "key */gate.beats-base"),
     "gates.*.across": row("gates.3.across=null", "error"),
     "gates.*.monotonic": row("gates.3.monotonic=chat", "nodes"),
+    "targets.*.device": row("targets.phone={device: iphone-50}", "error"),
     "targets.*.memory": row("targets.phone.memory=1kB", "error"),
     "targets.*.context": row("targets.phone.context=1", "fits", given="targets.phone.memory=3450kB"),
     # --- hardware
@@ -312,6 +313,7 @@ ROWS: dict[str, Row] = {
     "backends.*.cpu": row("backends.laptop.cpu=4", "plan"),
     "backends.*.ram": row("backends.laptop.ram=16GB", "plan"),
     "backends.*.scheduler": row("backends.box.scheduler=slurm", "elsewhere test_a_scheduler_takes_jobs_off_this_machine"),
+    "backends.*.runtime": w("backends.pool.runtime=any", "plan"),
     "backends.*.partition": w("backends.pool.partition=big", "launcher"),
     "backends.*.usd_per_gpu_hour": row("backends.box.usd_per_gpu_hour=5", "plan"),
     "backends.*.usd_per_hour": row("backends.laptop.usd_per_hour=0.5", "plan"),

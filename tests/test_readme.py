@@ -48,7 +48,8 @@ def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None
 )
 def test_commands_in_the_readme_parse(line: str) -> None:
     for words in re.findall(
-        r"\bfamc ((?:validate|plan|build|status|why|show|graph|verify|gc|schema|bench|doctor)[^&|]*)", line
+        r"\bfamc ((?:validate|plan|build|status|why|show|graph|verify|gc|schema|bench|doctor|estimate|calibrate)[^&|]*)",
+        line.partition(" #")[0],
     ):
         assert _parser().parse_args(words.split()).run
 

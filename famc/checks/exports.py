@@ -7,16 +7,17 @@ from collections.abc import Iterator
 
 from famc.checks.names import DATA, safe_shape, unknown
 from famc.checks.publish import size_names, sound
-from famc.cost.layout import Layout
-from famc.cost.memory import inference
+from famc.checks.shapes import found_chip
+from famc.cost.deploy import Fit, Target
 from famc.cost.parameters import count
 from famc.cost.shape import Shape
 from famc.errors import did_you_mean
-from famc.spec.family import Export, Target
+from famc.spec.family import Export
 from famc.spec.load import Spec
 from famc.spec.quantity import show_bytes
 from famc.spec.text import Path
 from famc.spec.words import Fault
+from famc.steps import deployed
 from famc.steps import exports as exporting
 from famc.steps.mixes import format_of
 
@@ -154,6 +155,13 @@ def targets(spec: Spec) -> Iterator[Fault]:
     """Exports that an architecture can't have, and exports that do not fit their target."""
     family = spec.family
     told: set[object] = set()
+    known: dict[str, Target] = {}
+    for name, target in family.targets.items():
+        if not spec.touched("targets", name):
+            faults = list(_device(spec, name))
+            yield from faults
+            if not faults:
+                known[name] = deployed.target(name, target, spec.folder)
     for index, export in enumerate(family.exports):
         if spec.touched("exports", index):
             continue
@@ -186,10 +194,11 @@ def targets(spec: Spec) -> Iterator[Fault]:
                     yield Fault(
                         ("exports", index, "block_size"), message, "leave it out: famc finds one that does"
                     )
+                tasks = list(_uses(spec, export, size).values())
                 for name in export.target:
-                    target = family.targets.get(name)
-                    if target is not None and not spec.touched("targets", name):
-                        yield from _fits(spec, index, size, shape, export.format, quant, name, target)
+                    where = known.get(name)
+                    if where is not None and tasks:
+                        yield from _fits(spec, index, size, quant, tasks[0], where)
 
 
 def _unobeyed(spec: Spec, index: int, export: Export, size: str, told: set[object]) -> Iterator[Fault]:
@@ -221,26 +230,37 @@ def _uses(spec: Spec, export: Export, size: str) -> dict[str, str]:
     return {variant: exporting.task_of(kind, arch) for variant, kind in kinds.items()}
 
 
-def _fits(
-    spec: Spec, index: int, size: str, shape: Shape, fmt: str, quant: str, name: str, target: Target
-) -> Iterator[Fault]:
-    needed = _needed(shape, fmt, quant, target)
-    if needed <= target.memory:
-        return
+def _device(spec: Spec, name: str) -> Iterator[Fault]:
+    """A target that says neither what it is nor what it has, or is a device that famc doesn't know."""
+    target = spec.family.targets[name]
+    path: Path = ("targets", name)
+    if target.device is not None:
+        yield from found_chip(spec, (*path, "device"), f"targets.{name}.device", target.device)[1]
+    elif target.memory is None:
+        yield Fault(
+            path, f"targets.{name} says neither 'device' nor 'memory'", "for example {device: oneplus-12}"
+        )
+
+
+def _fits(spec: Spec, index: int, size: str, quant: str, task: str, where: Target) -> Iterator[Fault]:
+    """An export that is too large for where it must run, with the largest size that is not."""
+    export = spec.family.exports[index]
+
+    def fit(shape: Shape) -> Fit:
+        return deployed.fit(shape, exporting.export_params(export, quant, shape, task), where)
+
     shapes = {other: safe_shape(spec, other) for other in spec.family.sizes}
-    fits = {
-        n: count(s).total
-        for n, s in shapes.items()
-        if s is not None and _needed(s, fmt, quant, target) <= target.memory
-    }
-    largest = max(fits, key=lambda n: fits[n]) if fits else None
+    own = shapes[size]
+    assert own is not None  # the caller has looked
+    found = fit(own)
+    if found.fits:
+        return
+    fits = {name: count(s).total for name, s in shapes.items() if s is not None and fit(s).fits}
+    largest = max(fits, key=lambda name: fits[name]) if fits else None
     hint = f"the largest size that fits is {largest}" if largest else "no size of the family fits"
-    have = f"target '{name}' has {show_bytes(target.memory)}"
-    message = f"exports.{index}: {size} as {fmt} {quant} needs {show_bytes(needed)}, {have}"
+    have = f"target '{where.name}' has {show_bytes(where.limit)}"
+    tokens = f"with {found.context} tokens of context"
+    message = (
+        f"exports.{index}: {size} as {export.format} {quant} needs {show_bytes(found.total)} {tokens}, {have}"
+    )
     yield Fault(("exports", index, "target"), message, hint)
-
-
-def _needed(shape: Shape, fmt: str, quant: str, target: Target) -> float:
-    """Bytes of an export's weights, and of the KV cache that the target asks for."""
-    cache = inference(shape, Layout(), min(target.context, shape.context)).kv_cache
-    return exporting.export_bytes(shape, fmt, quant) + cache

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path as FilePath
 
-from famc.backend import UnknownAccelerator, load_accelerator
+from famc.backend import Accelerator, UnknownAccelerator, load_accelerator
 from famc.checks.names import DATA, Names, safe_text, unknown
 from famc.errors import did_you_mean
 from famc.spec.load import Spec
+from famc.spec.text import Path
 from famc.spec.words import Fault
 from famc.steps.mixes import format_of
 from famc.steps.shapes import WrongField, shape_of
@@ -151,22 +152,21 @@ def backends(spec: Spec) -> Iterator[Fault]:
         for key, chip in (("gpu", use.gpu), ("use", use.use)):
             if chip is None:
                 continue
-            try:
-                accelerator = load_accelerator(chip, spec.folder)
-            except UnknownAccelerator as error:
-                hint = did_you_mean(chip[:200], error.candidates)
-                yield Fault(
-                    (*path, key), f"backends.{name}.{key}: no accelerator is called '{chip[:64]}'", hint
-                )
-            except (ValueError, OSError) as error:
-                first = (str(error).splitlines() or ["?"])[0]
-                yield Fault(
-                    (*path, key), f"backends.{name}.{key}: '{chip[:64]}' can't be read: {first[:200]}"
-                )
-            else:
-                if key == "gpu" and accelerator.kind != "gpu":
-                    yield Fault(
-                        (*path, key), f"backends.{name}.gpu: '{chip}' is no GPU", "write it under 'use'"
-                    )
+            accelerator, faults = found_chip(spec, (*path, key), f"backends.{name}.{key}", chip)
+            yield from faults
+            if key == "gpu" and accelerator is not None and accelerator.kind != "gpu":
+                yield Fault((*path, key), f"backends.{name}.gpu: '{chip}' is no GPU", "write it under 'use'")
     for pattern, backend in family.place.items():
         yield from unknown(spec, ("place", pattern), "place: no backend is called", backend, ("backends",))
+
+
+def found_chip(spec: Spec, path: Path, label: str, chip: str) -> tuple[Accelerator | None, tuple[Fault, ...]]:
+    """The accelerator that a value of the spec names; or why there is none."""
+    try:
+        return load_accelerator(chip, spec.folder), ()
+    except UnknownAccelerator as error:
+        hint = did_you_mean(chip[:200], error.candidates)
+        return None, (Fault(path, f"{label}: no accelerator is called '{chip[:64]}'", hint),)
+    except (ValueError, OSError) as error:
+        first = (str(error).splitlines() or ["?"])[0]
+        return None, (Fault(path, f"{label}: '{chip[:64]}' can't be read: {first[:200]}"),)

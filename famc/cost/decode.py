@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from famc.cost import flops, roofline
+from famc.cost import roofline, sums
 from famc.cost.device import Device
+from famc.cost.of_shape import anatomy
 from famc.cost.parameters import around, blocks, matrices
 from famc.cost.shape import DECODERS, ENCODERS, Shape
 
@@ -214,7 +215,7 @@ def predict(
     rows = prompt / (prompt + roofline.HALF_ROWS[device.kind])
     unused = 0 if runtime in HEAD_OF_ALL or shape.arch not in DECODERS else prompt - 1
     first = roofline.step_seconds(
-        flops.forward(shape, prompt, prompt) - flops.head(shape, unused),
+        sums.forward_flops(anatomy(shape), prompt, prompt) - 2.0 * unused * shape.vocab * shape.hidden,
         weight_bytes(shape, how),
         device.peak(precision),
         device.bandwidth * known.share,

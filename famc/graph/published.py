@@ -17,6 +17,7 @@ from famc.spec.family import EvalTask, Gate, Parity
 from famc.spec.load import Spec
 from famc.steps import STAGES, others
 from famc.steps import exports as exporting
+from famc.steps.corpus import held_out
 
 
 class Published(Exported):
@@ -90,6 +91,7 @@ class Published(Exported):
             if task["task"] == "rerank" and (embedder := self.names.embedder(size)):
                 inputs["retriever"] = self.stage(*embedder)
         shape = self.shapes[size]
+        held = {t["data"]: held_out(self.nodes[self.data(t["data"])].params) for t in tasks if t["data"]}
         return self.add(
             Node(
                 address,
@@ -99,7 +101,7 @@ class Published(Exported):
                 {"suite": suite, "tasks": tasks, "context": shape.context},
                 inputs=inputs,
                 shape=shape,
-                work=others.eval_work(shape, tasks),
+                work=others.eval_work(shape, tasks, held),
                 missing=missing,
             )
         )

@@ -91,7 +91,7 @@ class Trained:
         for key in ("teacher",):
             values.pop(key, None)
         runtime = {key: values.pop(key) for key in sorted(RUNTIME) if key in values}
-        work = train_work(spec, shape, values, data, teacher_shape, self.params[size])
+        work = train_work(spec, shape, values, data, teacher_shape)
         node = Node(
             name, spec.kind, size, None, values, runtime, resolved.reasons, inputs,
             shape=shape, work=work, missing=self.not_ready(spec.kind, values),

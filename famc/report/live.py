@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from famc.plan import Plan
-from famc.report.tables import show_seconds
+from famc.spec.quantity import show_seconds
 from famc.store import finite
 
 _KEEP = (

@@ -355,6 +355,10 @@ class BackendUse(Strict):
         "local", description="how jobs start"
     )
     partition: Name | None = Field(None, description="Slurm partition")
+    runtime: Literal["accelerate", "any"] = Field(
+        "accelerate",
+        description="what a layout may use: accelerate: FSDP2/HSDP, TP and CP, which famc's trainers run; any: PP and EP too, planned only",
+    )
     usd_per_gpu_hour: float | None = Field(None, ge=0, description="price of one accelerator-hour")
     usd_per_hour: float | None = Field(None, ge=0, description="price of one node-hour")
 
@@ -362,7 +366,11 @@ class BackendUse(Strict):
 class Target(Strict):
     """A device that exports must fit on."""
 
-    memory: Bytes = Field(description="memory for weights and KV cache")
+    device: str | None = Field(None, description="what it is: a YAML of backends/, or one beside the spec")
+    memory: Bytes | None = Field(
+        None,
+        description="memory for weights and KV cache; default: what the device leaves beside the runtime",
+    )
     context: int = Field(4096, ge=1, le=2**24, description="tokens of KV cache that must fit")
 
 

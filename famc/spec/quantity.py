@@ -1,4 +1,4 @@
-"""Amounts as people write them: `30T` tokens, `20GB`, `16k`. In: text or number. Out: int. Bad text:
+"""Amounts as people write them: `30T` tokens, `20GB`, `16k`, `14d`. In: text or number. Out: a number. Bad text:
 ValueError.
 """
 
@@ -23,6 +23,9 @@ _BYTES = {
     "mib": 2**20,
     "gib": 2**30,
 }
+_SECONDS = {
+    "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0,
+}  # fmt: skip
 _AMOUNT = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{1,3})?)\s*([a-zA-Z]*)\s*")
 _MOST = 10**18
 
@@ -60,6 +63,16 @@ def size_in_bytes(value: Any) -> int:
     return _parse(value, _BYTES, "20GB")
 
 
+def duration(text: str) -> float:
+    """`14d`, `36h`, `90min`, `2w`, `30s` -> seconds, above 0. ValueError for what is none: a bare number has no unit."""
+    match = _AMOUNT.fullmatch(text)
+    scale = _SECONDS.get(match[2].lower()) if match else None
+    seconds = float(match[1]) * scale if match and scale else 0.0
+    if not 0 < seconds < _MOST:
+        raise ValueError(f"expected a time such as 14d, 36h, 90min or 30s, not {_short(text)}")
+    return seconds
+
+
 def show_count(amount: float) -> str:
     """1234567 -> `1.23M`."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -74,6 +87,19 @@ def show_bytes(amount: float) -> str:
         if abs(amount) >= scale:
             return f"{amount / scale:.3g} {unit}"
     return f"{amount:.0f} B"
+
+
+def show_seconds(seconds: float) -> str:
+    """75 -> `1m 15s`."""
+    if seconds < 0.95:
+        return f"{seconds:.1f}s"
+    if round(seconds) < 60:
+        return f"{seconds:.0f}s"
+    if round(seconds) < 3600:
+        return "{}m {:02}s".format(*divmod(round(seconds), 60))
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f}h"
+    return f"{seconds / 86400:.1f}d"
 
 
 _AMOUNT_SCHEMA = {

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from famc.cost.cpu_time import Head
 from famc.cost.shape import Shape
 from famc.spec.family import Mix, StageSpec, Strict
 from famc.spec.quantity import Count
@@ -24,27 +25,67 @@ RUNTIME = frozenset({"micro_batch", "checkpoint_steps", "recompute"})
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much data there is, as far as can be known before it is read."""
+    """How much data there is, as far as can be known before it is read. `distinct`: examples without those that a mix repeats;
+    0: all are."""
 
     tokens: float
     examples: float
     basis: Literal["measured", "modelled", "assumed"] = "assumed"
+    distinct: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LexicalStart:
+    """An embedder's start as a bag of words: `steps` updates by `batch` queries, each with `columns` texts, at widths `dims`."""
+
+    steps: float
+    batch: int
+    columns: int
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step has to do. tokens: processed by the model; flops: all of them; cpu_seconds: work outside the model."""
+    """What a step has to do. tokens: processed by the model; flops: all of them; cpu_seconds: work outside the model;
+    host_bytes: data that lies in the host's memory beside it.
+
+    Training: `sequences` of the global batch, each of `rows` texts of at most `context` tokens. `length`: mean tokens of such
+    a text (0: all rows are full). `varied`: a pass is as long as its longest text; `padding`: that length over the mean;
+    `shapes`: lengths that all passes have, about.
+    `head`: what becomes of the logits: `fused`: the loss takes them in slices; `logits`: one fp32 tensor; `none`: there are
+    none. `teachers`: models that read the same without gradients; `follow`: the loss compares logits with theirs; `beside`:
+    how many of them, from the last, stay in memory. `cached`: gradients are made in a second pass (GradCache). `generated`:
+    tokens that the model writes before it learns from them.
+
+    Inference: texts of `length` tokens.
+    """
 
     mode: Literal["train", "infer", "cpu"] = "cpu"
     tokens: float = 0.0
     flops: float = 0.0
     optimizer_steps: float = 0.0
-    sequences: float = 1.0  # global batch, in sequences
+    sequences: float = 1.0
     context: int = 0
-    rows: int = 1  # that each of the sequences has in a pass: a preference pair is two
-    head: bool = True  # whether training makes logits over the vocabulary
+    rows: int = 1
+    length: float = 0.0
+    padding: float = 1.0
+    head: Head = "fused"
+    varied: bool = False
+    shapes: int = 1
+    teachers: tuple[Shape, ...] = ()
+    beside: int = 0
+    follow: bool = False
+    cached: bool = False
+    generated: float = 0.0
+    lexical: LexicalStart | None = None
     cpu_seconds: float = 1.0
+    host_bytes: float = 0.0
     basis: Literal["measured", "modelled", "assumed"] = "modelled"
+
+    @property
+    def padded(self) -> float:
+        """Tokens of a text as it is run."""
+        return min(float(self.context), self.length * self.padding) if self.length else float(self.context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,7 @@ _PYSTDLIB = {
 # (0.2 to 0.8) and characters a pair; of a package that is not installed, its source.
 _PAIRS_A_BYTE, _CHARACTERS_A_PAIR, _PACKAGE_BYTES = 0.44e-3, 820.0, 10e6
 _CHARACTERS_A_TOKEN = 3.5
+_TEMPLATE_TOKENS = 10  # of a question and its answer in ChatML: two marks, a role and two line breaks each
 _HUB = {
     "text": 1e9,
     "messages": 1e5,
@@ -171,12 +172,22 @@ def amount(params: Mapping[str, Any]) -> Amount:
         return Amount(params["n"] * tokens_each * share, params["n"] * share, "modelled")
     if params["origin"] == "pystdlib":
         characters, examples = _PYSTDLIB[params["pystdlib"]]
-        return Amount(characters / _CHARACTERS_A_TOKEN * share, examples * share, "assumed")
+        tokens = characters / _CHARACTERS_A_TOKEN
+        if params["format"] == "messages":
+            tokens += examples * _TEMPLATE_TOKENS
+        return Amount(tokens * share, examples * share, "assumed")
     if params.get("bytes"):
         tokens = params["bytes"] / _CHARACTERS_A_TOKEN
         return Amount(tokens * share, tokens / tokens_each * share, "modelled")
     usual = _HUB[params["format"]]
     return Amount(usual * tokens_each * share, usual * share, "assumed")
+
+
+def held_out(params: Mapping[str, Any]) -> Amount:
+    """How much of a source is kept from training, and read by evaluations."""
+    trained, fraction = amount(params), params["heldout"]["fraction"]
+    share = fraction / (1.0 - fraction)
+    return Amount(trained.tokens * share, trained.examples * share, trained.basis)
 
 
 def work(params: Mapping[str, Any]) -> Work:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from famc.cost import decode, flops
-from famc.cost.parameters import count
+from famc.cost import decode, deploy, sums
+from famc.cost.of_shape import anatomy
 from famc.cost.shape import Shape
 from famc.spec.family import Export
 from famc.steps.base import Work
@@ -343,7 +343,7 @@ def export_work(shape: Shape, parameters: int, params: Mapping[str, Any]) -> Wor
     if "examples" in params:
         tokens = params["examples"] * params["context"]
         passes = 8 if params["max_drop"] else 3
-        seconds += passes * flops.forward(shape, tokens, params["context"]) / CPU_FLOPS
+        seconds += passes * sums.forward_flops(anatomy(shape), tokens, params["context"]) / CPU_FLOPS
     return Work("cpu", cpu_seconds=seconds)
 
 
@@ -361,7 +361,7 @@ def export_memory(shape: Shape, parameters: int, params: Mapping[str, Any]) -> f
     largest = 4.0 * max(shape.vocab * shape.hidden, shape.hidden * shape.ffn)
     held = 3 * largest
     if params["format"] == "onnx":
-        protobuf = min(export_bytes(shape, "onnx", params["quant"]), ONNX_INLINE)
+        protobuf = min(decode.file_bytes(shape, storage(shape, params)), ONNX_INLINE)
         held = max(4.0 * parameters + 2 * largest, 3 * protobuf)
     if "examples" in params:
         states = 8.0 * params["examples"] * params["context"] * shape.hidden
@@ -374,9 +374,17 @@ def export_memory(shape: Shape, parameters: int, params: Mapping[str, Any]) -> f
 ONNX_INLINE = 2**29
 
 
-def export_bytes(shape: Shape, fmt: str, quant: str, block: int | None = None) -> float:
-    """Bytes of the weights in an export."""
+def storage(shape: Shape, params: Mapping[str, Any]) -> decode.Stored:
+    """How an export keeps its weights, by the parameters of its step. ValueError for a format that famc doesn't know."""
+
+    def kept(name: str) -> str:
+        found = str(params.get(name))
+        return found if found in ("int4", "int8", "fp32") else "int8"
+
+    fmt, quant = str(params["format"]), str(params["quant"])
     if fmt == "fp8":
-        return float(count(shape).total)
-    block = block or block_size(shape, fmt if fmt in CALIBRATED else "rtn")
-    return decode.file_bytes(shape, decode.stored(fmt, quant, tie=shape.tie, block_size=block))
+        return deploy.stored(fmt, quant, tie=shape.tie)
+    return decode.stored(
+        fmt, quant, tie=shape.tie, block_size=int(params.get("block_size") or 32),
+        symmetric=params.get("symmetric", True) is not False, head=kept("lm_head"), table=kept("embeddings"),
+    )  # fmt: skip

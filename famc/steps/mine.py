@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from famc.cost import flops
+from famc.cost import sums
+from famc.cost.of_shape import reader
 from famc.cost.shape import Shape
 from famc.steps.base import Amount, Work
 
@@ -42,11 +43,15 @@ def mine_work(shape: Shape | None, pairs: Amount) -> Work:
     if shape is None:
         return Work("cpu", cpu_seconds=cpu, basis=pairs.basis)
     context = min(shape.context, MOST_TOKENS)
+    length = min(float(context), max(1.0, pairs.tokens / max(1.0, queries + passages)))
     return Work(
         "infer",
         tokens=pairs.tokens,
-        flops=flops.forward(shape, pairs.tokens, context) + 2.0 * queries * passages * shape.hidden,
+        flops=sums.forward_flops(reader(shape), pairs.tokens, length)
+        + 2.0 * queries * passages * shape.hidden,
         context=context,
+        length=length,
+        head="none",
         cpu_seconds=cpu,
         basis=pairs.basis,
     )

@@ -153,15 +153,27 @@ def mix_params(spec: Spec, mix: Mix, fmt: str, wanted: Wanted) -> tuple[dict[str
 
 
 def mix_amount(family: Family, mix: Mix, fmt: str, amount_of: Callable[[str], Amount]) -> Amount:
-    """Tokens and examples of a mix: what the spec says, else all of its sources."""
-    amounts = [amount_of(name) for name in dict.fromkeys(key.partition(".")[0] for key in mix.weights)]
-    tokens = sum(a.tokens for a in amounts)
-    examples = sum(a.examples for a in amounts)
+    """Tokens and examples of a mix: what the spec says; else of one source all; of several as many as their weights give
+    where every example is read at least once, or as near to that as `max_epochs` allows (famc.work.mix.proportional)."""
+    weights = {name: w for name, w in weights_by_source(mix.weights).items() if w > 0}
+    amounts = {name: amount_of(name) for name in weights}
+    tokens = sum(a.tokens for a in amounts.values())
+    examples = sum(a.examples for a in amounts.values())
     if mix.tokens:
         share = mix.tokens / tokens if tokens else 1.0
         return Amount(float(mix.tokens), examples * share, "modelled")
-    basis = "assumed" if any(a.basis == "assumed" for a in amounts) else "modelled"
-    return Amount(tokens, examples, basis)  # type: ignore[arg-type]  # the literal above
+    basis: Any = "assumed" if any(a.basis == "assumed" for a in amounts.values()) else "modelled"
+    if fmt == "text" or len(amounts) == 1 or not examples:
+        return Amount(tokens, examples, basis)
+    whole = max(a.examples / weights[name] for name, a in amounts.items())
+    most = min(mix.max_epochs * a.examples / weights[name] for name, a in amounts.items())
+    drawn = {name: min(whole, most) * weights[name] for name in amounts}
+    return Amount(
+        sum(drawn[name] * a.tokens / a.examples for name, a in amounts.items() if a.examples),
+        sum(drawn.values()),
+        basis,
+        sum(min(drawn[name], a.examples) for name, a in amounts.items()),
+    )
 
 
 def weights_by_source(weights: Mapping[str, float]) -> dict[str, float]:

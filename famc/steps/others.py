@@ -6,12 +6,14 @@ tokenizer, mix, export, parity, eval, gate, card, release. What can be exported 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from famc.cost import flops
+from famc.cost import sums
+from famc.cost.of_shape import anatomy, reader
 from famc.cost.shape import Shape
-from famc.steps.base import Work
+from famc.steps.base import Amount, Work
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
 
@@ -119,31 +121,53 @@ FORMATS = {
 RERANKED = 50  # passages of the first stage that a reranker reads for a query
 
 
-def eval_work(shape: Shape, tasks: list[Mapping[str, Any]]) -> Work:
-    """Forward passes over held-out text, and greedy generation of answers."""
-    tokens = 0.0
+TEXT_TOKENS = 256
+"""Of an example whose source says nothing. Assumed."""
+
+
+def eval_work(shape: Shape, tasks: list[Mapping[str, Any]], held: Mapping[str, Amount]) -> Work:
+    """Forward passes over held-out text, and greedy generation of answers. `held`: what each source keeps for it."""
+    tokens = read = 0.0
+    logits = False
     for task in tasks:
-        examples = task.get("n") or EVAL_EXAMPLES.get(task["task"], 500)
-        tokens += examples * 256
+        amount = held.get(task["data"] or "", Amount(math.inf, math.inf))
+        examples = min(task.get("n") or EVAL_EXAMPLES.get(task["task"], 500), amount.examples)
+        known = math.isfinite(amount.tokens) and amount.examples > 0
+        each = amount.tokens / amount.examples if known else float(TEXT_TOKENS)
+        pairs = examples
         if task["task"] == "answers":
-            tokens += examples * task["max_new_tokens"]
-        if task["task"] == "rerank":  # every query with each of its candidates
-            tokens += examples * (task.get("top") or RERANKED) * min(shape.context, 256)
+            each = min(each, shape.context) + task["max_new_tokens"]
+        elif task["task"] == "rerank":  # every query with each of its candidates
+            pairs, each = examples * (task.get("top") or RERANKED), min(each, float(shape.context))
+        elif task["task"] in ("retrieval", "mteb"):  # queries and all passages, each alone
+            pairs, each = 2.0 * (amount.examples if known else examples), min(each / 2, float(shape.context))
+        logits |= task["task"] not in ("retrieval", "rerank", "mteb")
+        tokens += pairs * each
+        read += pairs * each * min(each, float(shape.context))
+    length = max(1.0, read / tokens) if tokens else float(shape.context)
+    made = anatomy(shape) if logits else reader(shape)
     return Work(
         "infer",
         tokens=tokens,
-        flops=flops.forward(shape, tokens, min(shape.context, 1024)),
+        flops=sums.forward_flops(made, tokens, length),
         context=shape.context,
+        length=length,
+        head="logits" if logits else "none",
+        cpu_seconds=0.0,
     )
 
 
 def parity_work(shape: Shape) -> Work:
     """Two forward passes over a sample, and a few greedy answers."""
+    length = float(min(shape.context, 1024))
     return Work(
         "infer",
-        tokens=16_000,
-        flops=2 * flops.forward(shape, 16_000, min(shape.context, 1024)),
+        tokens=32_000,
+        flops=sums.forward_flops(anatomy(shape), 32_000, length),
         context=shape.context,
+        length=length,
+        head="logits",
+        cpu_seconds=0.0,
     )
 
 

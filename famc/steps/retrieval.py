@@ -74,10 +74,6 @@ class Contrastive(Training):
         wanted = {"k": self.hard_negatives.k} if self.hard_negatives else None
         return replace(found, values={**found.values, "hard_negatives": wanted})
 
-    def lexical_seconds(self, data: Amount) -> float:
-        """CPU-seconds of a lexical start."""
-        return 0.0
-
     def rows_a_query(self) -> int:
         """What the model reads for each query: for a reranker one pair a passage."""
         return 1 + (self.hard_negatives.k if self.hard_negatives else 0)

@@ -1,18 +1,27 @@
-"""Work of a pass."""
+"""FLOPs of a forward pass: sums over the anatomy, against torch's own count and hand-computed figures."""
 
 import pytest
 
-from famc.cost import flops
+from famc.cost import sums
+from famc.cost.hf.encoders import DECODER_SHARE, ENCODER_SHARE
+from famc.cost.of_shape import anatomy
 from famc.cost.parameters import count
 from famc.cost.shape import PRESETS, Shape
 
 TINY = Shape("qwen3", 4096, 4, 128, 384, 4, 2, 32, True, 256)
 
 
+def forward(shape: Shape, tokens: float, context: float, causal: bool = True) -> float:
+    """With `causal` off a decoder's queries see all keys, as torch counts them."""
+    made = anatomy(shape)
+    more = 0.0 if causal else sums.attention_flops(made, tokens, context)
+    return sums.forward_flops(made, tokens, context) + more
+
+
 def test_forward_is_two_flops_a_weight_and_token_when_attention_is_negligible() -> None:
     shape = PRESETS["llama3-8b"]
     weights = count(shape).total - shape.vocab * shape.hidden  # the input table is looked up, not multiplied
-    assert flops.forward(shape, 1, 1) == pytest.approx(2 * weights, rel=1e-3)
+    assert forward(shape, 1, 1) == pytest.approx(2 * weights, rel=1e-3)
 
 
 def test_forward_equals_the_count_of_torch() -> None:
@@ -38,38 +47,19 @@ def test_forward_equals_the_count_of_torch() -> None:
         ids = torch.zeros((2, 64), dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids)
-    assert flops.forward(TINY, 2 * 64, 64, causal=False) == pytest.approx(counter.get_total_flops(), rel=0.01)
-
-
-def test_training_is_three_forwards() -> None:
-    assert flops.training(TINY, 1000, 256) == pytest.approx(3 * flops.forward(TINY, 1000, 256))
+    assert forward(TINY, 2 * 64, 64, causal=False) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_causal_attention_is_half_of_full() -> None:
-    base = flops.forward(TINY, 100, 0)
-    full = flops.forward(TINY, 100, 4096, causal=False) - base
-    assert flops.forward(TINY, 100, 4096) - base == pytest.approx(full / 2)
-
-
-def test_recomputation_adds_at_most_one_forward() -> None:
-    once = flops.forward(TINY, 1000, 2048)
-    none, selective, full = (
-        flops.training(TINY, 1000, 2048, recompute=r) for r in ("none", "selective", "full")
-    )
-    assert none < selective < full <= none + once
-    with pytest.raises(ValueError, match="recompute"):
-        flops.training(TINY, 1, 1, recompute="half")
-
-
-def test_frozen_weights_save_their_gradient_pass() -> None:
-    once = flops.forward(TINY, 1000, 256)
-    assert flops.training(TINY, 1000, 256, trainable=0.0) == pytest.approx(2 * once)
+    base = forward(TINY, 100, 0)
+    full = forward(TINY, 100, 4096, causal=False) - base
+    assert forward(TINY, 100, 4096) - base == pytest.approx(full / 2)
 
 
 def test_a_mixture_works_like_its_active_part() -> None:
     moe = PRESETS["qwen3-30b-a3b"]
     active = count(moe).active - moe.vocab * moe.hidden
-    assert flops.forward(moe, 1, 1) == pytest.approx(2 * active, rel=1e-3)
+    assert forward(moe, 1, 1) == pytest.approx(2 * active, rel=1e-3)
 
 
 BERT = Shape("bert", 4096, 4, 128, 384, 4, 4, 32, True, 256)
@@ -92,8 +82,7 @@ def test_forward_of_an_encoder_equals_the_count_of_torch(shape: Shape) -> None:
     model = transformers.AutoModelForMaskedLM.from_config(config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.ones((2, 64), dtype=torch.long))
-    assert flops.forward(shape, 2 * 64, 64) == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert flops.forward(shape, 2 * 64, 64) == flops.forward(shape, 2 * 64, 64, causal=False)
+    assert forward(shape, 2 * 64, 64) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_forward_of_t5_equals_the_count_of_torch() -> None:
@@ -111,13 +100,13 @@ def test_forward_of_t5_equals_the_count_of_torch() -> None:
         read, written = (torch.zeros((2, n), dtype=torch.long) for n in (90, 20))
         with FlopCounterMode(display=False) as counter:
             model(input_ids=read, decoder_input_ids=written)
-    assert flops.forward(T5, 2 * 100, 100, causal=False) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert forward(T5, 2 * 100, 100) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_span_corruption_makes_what_the_paper_says() -> None:
     """15 % in spans of 3 tokens: 512 tokens for the encoder come with 114 for the decoder."""
     noise, spans = 0.15, 0.15 / 3
-    read, written = flops.ENCODER_SHARE, flops.DECODER_SHARE
+    read, written = ENCODER_SHARE, DECODER_SHARE
     assert (read, written) == pytest.approx((1 - noise + spans, noise + spans))
     for_512 = 512 * written / read
     assert for_512 == pytest.approx(114, abs=1)
@@ -125,13 +114,6 @@ def test_span_corruption_makes_what_the_paper_says() -> None:
 
 def test_a_window_bounds_the_work_of_local_attention() -> None:
     """Of four blocks two are global: the first and the fourth."""
-    far, farther = (flops.forward(MODERN, 1, n) for n in (1000, 2000))
+    far, farther = (forward(MODERN, 1, n) for n in (1000, 2000))
     assert farther - far == pytest.approx(2 * 4 * 128 * 1000)
-    assert flops.forward(BERT, 1, 2000) - flops.forward(BERT, 1, 1000) == pytest.approx(4 * 4 * 128 * 1000)
-
-
-@pytest.mark.parametrize("shape", [BERT, MODERN, T5])
-def test_recomputation_of_readers_leaves_the_head_out(shape: Shape) -> None:
-    again = flops.recomputed(shape, 100, 64, recompute="full")
-    assert 0 < flops.recomputed(shape, 100, 64, recompute="selective") < again
-    assert again + flops.head(shape, 100) == pytest.approx(flops.forward(shape, 100, 64))
+    assert forward(BERT, 1, 2000) - forward(BERT, 1, 1000) == pytest.approx(4 * 4 * 128 * 1000)

@@ -606,7 +606,16 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
         "31:44: exports.0: gptq has no 3 bits; write 4 or 8",
     ]),
     ("too large for its target", [("memory: 1GB", "memory: 1MB")], [
-        "32:84: exports.1: m as onnx fp32 needs 3.54 MB, target 'phone' has 1 MB; the largest size that fits is s",
+        "32:84: exports.1: m as onnx fp32 needs 3.68 MB with 128 tokens of context, target 'phone' has 1 MB; the largest size that fits is s",
+    ]),
+    ("too large for a device", [("phone: {memory: 1GB, context: 128}", "phone: {device: raspberry-pi-4, memory: 1MB}")], [
+        "32:84: exports.1: m as onnx fp32 needs 3.68 MB with 128 tokens of context, target 'phone' has 1 MB; the largest size that fits is s",
+    ]),
+    ("unknown device", [("phone: {memory: 1GB, context: 128}", "phone: {device: oneplus-21}")], [
+        "37:27: targets.phone.device: no accelerator is called 'oneplus-21'; did you mean 'oneplus-12'?",
+    ]),
+    ("a target that is nothing", [("phone: {memory: 1GB, context: 128}", "phone: {context: 128}")], [
+        "37:18: targets.phone says neither 'device' nor 'memory'; for example {device: oneplus-12}",
     ]),
     ("export made twice", [("  - {variants: [instruct], sizes", "  - {variants: [instruct], format: onnx, quant: int4, block_size: 64}\n  - {variants: [instruct], sizes")], [
         "33:49: exports.2: s/instruct as onnx int4 is made by exports.1 already, in another way; leave one of them out",
