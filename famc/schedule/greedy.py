@@ -19,6 +19,7 @@ Chosen = tuple[Choice | None, ...]
 
 TRIES = 3  # choices of one relaxation that are placed
 EFFORT = 120_000  # tasks placed to improve a schedule, where something is asked for: 0.3 to 1 s
+FEW = 3000  # tasks up to which one choice of options is placed in several orders: beyond, a plan must not wait for it
 FLOORS = (0.001, 0.01, 0.03, 0.1, 1.0)  # prices of a second that no path asks for
 LANES = 4096  # units of all pools up to which tasks are also placed in turn
 
@@ -38,6 +39,8 @@ def greedy(
             if only and best.makespan <= bound * (1 + ROUNDING):
                 return best
     assert best is not None  # there is always the cheapest choice
+    if only and len(instance) > FEW:
+        return best
     if only:
         best = reordered(instance, objective, best, bound, effort // 2)
         return resampled(instance, objective, best, bound, effort // 2)
@@ -69,6 +72,8 @@ def _choices(instance: Instance, relaxed: Relaxations, only: bool) -> Iterator[C
 def _placed(instance: Instance, chosen: Chosen) -> Iterator[Timed]:
     """Schedules of one choice of options."""
     yield justify(instance, place(instance, chosen, by_tail(instance, chosen)))
+    if len(instance) > FEW:
+        return
     yield justify(instance, place(instance, chosen, instance.order))
     if sum(instance.capacity) <= LANES:
         yield justify(instance, place(instance, chosen, by_start(instance, place_in_turn(instance, chosen))))
