@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from famc.checks.names import DATA, safe_shape, unknown
+from famc.checks.names import DATA, Names, safe_shape, unknown
 from famc.checks.publish import size_names, sound
 from famc.checks.shapes import found_chip
 from famc.cost.deploy import Fit, Target
@@ -186,6 +186,8 @@ def targets(spec: Spec) -> Iterator[Fault]:
                 if refused:
                     continue
                 yield from _unobeyed(spec, index, export, size, told)
+                if export.format == "gguf":
+                    yield from _unread(spec, index, export, size, told)
                 block, inputs = export.block_size, (shape.hidden, shape.ffn, shape.heads * shape.head_dim)
                 short = [width for width in inputs if block and width % block]
                 if export.format in exporting.CALIBRATED_FORMATS and short and (index, "block") not in told:
@@ -219,6 +221,39 @@ def _unobeyed(spec: Spec, index: int, export: Export, size: str, told: set[objec
             told.add((index, "algorithm"))
             message = f"exports.{index}: {export.algorithm} looks at data, as only language models' exports do; {whose}"
             yield Fault(("exports", index, "algorithm"), message, "take k_quant, rtn or hqq")
+
+
+def _unread(spec: Spec, index: int, export: Export, size: str, told: set[object]) -> Iterator[Fault]:
+    """Embedders and rerankers that read texts as llama.cpp can't."""
+    names = Names(spec)
+    for variant, task in _uses(spec, export, size).items():
+        stage = spec.family.stage_of(variant, size)
+        if stage is None or spec.touched("stages", stage) or (index, variant, "text") in told:
+            continue
+        what, hint = "", "onnx can do it"
+        if getattr(names.stage_at(stage, size), "text", "") == "words":
+            what = "its tokenizer lower-cases and splits (text: words), and llama.cpp can't normalise text"
+            hint += ": its tokenizer does; or train it with text: as_is"
+        elif task == exporting.RANKING and _both_ways(names, stage, size):
+            what = "its tokens see what follows, and llama.cpp then reads the score off the first one"
+        if what:
+            told.add((index, variant, "text"))
+            yield Fault(
+                ("exports", index, "format"), f"exports.{index}: no GGUF of {size}/{variant}: {what}", hint
+            )
+
+
+def _both_ways(names: Names, stage: str, size: str) -> bool:
+    """Whether a stage, or what it continues, made a decoder see what follows."""
+    at, seen = (size, stage), set[tuple[str, str]]()
+    while at not in seen:
+        seen.add(at)
+        one = names.stage_at(at[1], at[0])
+        if getattr(one, "bidirectional", False):
+            return True
+        parent = names.target(one.from_, at[0]) if one.from_ else None
+        at = parent or at
+    return False
 
 
 def _uses(spec: Spec, export: Export, size: str) -> dict[str, str]:

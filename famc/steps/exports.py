@@ -81,6 +81,12 @@ EVERY = (*DENSE, "qwen3_moe")
 READERS = ("qwen3", "bert", "modernbert")
 _ONNX = ("onnxruntime", "onnxruntime-genai", "transformers.js")
 _VECTORS = ("onnxruntime", "transformers.js", "sentence-transformers")
+# BERT's rerankers tell two texts apart by types of tokens, and llama.cpp has one
+GGUF_READERS = {VECTORS: READERS, RANKING: ("qwen3", "modernbert")}
+_GGUF = {
+    VECTORS: "llama-server --embedding; with a Modelfile for Ollama, neither run here",
+    RANKING: "llama-server --rerank, not run here",
+}
 _VLLM = "compressed-tensors, the layout that vLLM reads; vLLM itself is not tested here"
 
 
@@ -114,8 +120,9 @@ def _rows() -> Iterator[Capability]:
         for quant in ("fp32", "int8", "int4"):
             yield Capability(task, "onnx", quant, READERS, "yes", _VECTORS)
             yield Capability(task, "onnx", quant, ("llama", "qwen3_moe"), "later")
-        for quant in ("f16", "q8_0", "q4_k_m"):
-            yield Capability(task, "gguf", quant, EVERY, "later")
+        for quant in ("f16", "q8_0", "q4_0", "q4_k_m"):
+            yield Capability(task, "gguf", quant, GGUF_READERS[task], "yes", ("llama.cpp",), _GGUF[task])
+            yield Capability(task, "gguf", quant, ("llama", "qwen3_moe"), "later")
     for quant in ("bf16", "fp32"):
         yield Capability(FILLING, "safetensors", quant, ("bert", "modernbert"), "yes", ("transformers",))
         yield Capability(CONVERTING, "safetensors", quant, ("t5",), "yes", ("transformers",))

@@ -79,6 +79,7 @@ TAGS = {
     VECTORS: ("sentence-transformers", "feature-extraction", "sentence-similarity"),
     RANKING: ("sentence-transformers", "cross-encoder", "reranker"),
 }
+CLIENTS = ("sentence-transformers", "cross-encoder")  # tags of what reads no GGUF
 JS_POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last_token"}
 # of a parity check, by task: heading and metric
 TABLES: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -236,7 +237,9 @@ def front_matter(
         "language": list(family["languages"]),
         "library_name": "gguf" if made["gguf"] else LIBRARIES.get(task, "transformers"),
         "pipeline_tag": PIPELINES.get(task, task),
-        "tags": tags + list(TAGS.get(task, ())) + (["onnx", "transformers.js"] if made["onnx"] else []),
+        "tags": tags
+        + [t for t in TAGS.get(task, ()) if not (made["gguf"] and t in CLIENTS)]
+        + (["onnx", "transformers.js"] if made["onnx"] else []),
     }
     if params.get("base"):  # the hub shows it below the model that it was made from
         values |= {

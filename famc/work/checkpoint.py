@@ -169,12 +169,13 @@ def copy_files(model: Path, out: Path) -> None:
 def decoder_config(
     model_dir: Path, what: str, rope_types: Mapping[str, Sequence[str]],
     wrong: Callable[[PretrainedConfig, Mapping[str, Any]], Mapping[str, bool]] = lambda config, raw: {},
+    *, both_ways: bool = False,
 ) -> PretrainedConfig:  # fmt: skip
     """The configuration of a decoder that a format can express; ValueError for what it can't make, or makes wrong
     silently.
 
     `rope_types`: kinds of RoPE by architecture whose logits were compared with torch's. `wrong`: more that the format
-    can't do, from the configuration and config.json as it stands.
+    can't do, from the configuration and config.json as it stands. `both_ways`: whether it can do without a causal mask.
     """
     raw = read_json(model_dir / "config.json")
     name = (raw.get("architectures") or [raw.get("model_type", "unknown")])[0]
@@ -183,7 +184,8 @@ def decoder_config(
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     rope = config.rope_parameters
     found = {
-        "is_causal: false (it would become causal)": getattr(config, "is_causal", True) is False,
+        "is_causal: false (it would become causal)": not both_ways
+        and getattr(config, "is_causal", True) is False,
         "sliding-window attention": "sliding_attention" in (getattr(config, "layer_types", None) or ()),
         f"RoPE of type {rope['rope_type']}": rope["rope_type"] not in rope_types[name],
         "a partial RoPE (it would become a full one)": rope.get("partial_rotary_factor", 1.0) != 1.0,

@@ -1,6 +1,6 @@
 """Is a converted embedder or reranker still the same? Its vectors, its logits and the order it puts documents in.
 
-In: the source's folder, the export (a graph, or a folder of weights) and what is held out: pairs of a query and its
+In: the source's folder, the export (a graph, a GGUF file, or a folder of weights) and what is held out: pairs of a query and its
 passages, or texts, some of which serve as queries to the others; or both sides as Encoders. Out: figures by name; of
 pairs also nDCG@10 of both sides. A gate should ask for `value <= limit` or `value >= limit`: a broken candidate gives
 nan, which fails both.
@@ -18,6 +18,7 @@ import numpy as np
 
 from famc.errors import StepFailed
 from famc.work.encoder_session import (
+    MAX_LENGTH,
     Array,
     Batch,
     Encoder,
@@ -29,7 +30,6 @@ from famc.work.encoder_session import (
 )
 
 BATCH = 32  # texts that run at once
-MAX_LENGTH = 512  # tokens of a text: cost grows with the square, and damage shows in the first page
 EVERY = 5  # one text in so many is a query
 MAX_QUERIES, MAX_DOCUMENTS = 64, 2000
 # a reranker reads every pair

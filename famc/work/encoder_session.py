@@ -1,10 +1,12 @@
-"""Embedders and rerankers, ready to run: a released graph in ONNX Runtime, a folder of weights in torch.
+"""Embedders and rerankers, ready to run: a released graph in ONNX Runtime, a GGUF file in llama.cpp, a folder of weights
+in torch.
 
 In: what a tokenizer makes of some texts. Out: an embedder's vectors, or a reranker's logits.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +15,14 @@ import numpy as np
 import torch
 
 from famc.errors import StepFailed
+from famc.work.likelihood import load_tokenizer
 from famc.work.onnx_encoder import EncoderTask, load_encoder
 from famc.work.onnx_session import open_graph
 from famc.work.scores import read_json
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Batch = Mapping[str, Array]  # input_ids, attention_mask and, for BERT, token_type_ids: [rows, length] each
+MAX_LENGTH = 512  # tokens of a text: cost grows with the square, and damage shows in the first page
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUTS: dict[EncoderTask, str] = {"feature-extraction": "sentence_embedding", "text-ranking": "logits"}
 
@@ -74,8 +78,27 @@ class TorchEncoder:
 
 
 def opened(export: Path, threads: int, task: EncoderTask) -> Encoder:
-    """What was made of a model: a graph, or a folder of weights."""
+    """What was made of a model: a graph, a GGUF file, or a folder of weights."""
+    if export.suffix == ".gguf":
+        from famc.work.llama_cpp import LlamaEncoder
+
+        return LlamaEncoder(export, threads, MAX_LENGTH)
     return TorchEncoder(export, threads, task) if export.is_dir() else OnnxEncoder(export, threads, task)
+
+
+def gguf_ids(model: Path, file: Path, texts: list[str], task: str, threads: int) -> dict[str, str]:
+    """`exact` or `differs`, for ids: an embedder's or reranker's GGUF file, which brings its own tokenizer and marks,
+    against the model's. Texts are normalised first, as the model does it (NFC): llama.cpp does not."""
+    from famc.work.llama_cpp import LlamaEncoder
+
+    words, candidate = load_tokenizer(model), LlamaEncoder(file, threads, MAX_LENGTH)
+    normalizer = words.backend_tokenizer.normalizer
+    clean = [normalizer.normalize_str(text) if normalizer else text for text in texts]
+    if task == "feature-extraction":
+        same = all(candidate.tokenize_marked(text) == words(text)["input_ids"] for text in clean)
+    else:
+        same = all(candidate.tokenize_pair(*p) == words(*p)["input_ids"] for p in itertools.pairwise(clean))
+    return {"tokenizer": "exact" if same else "differs"}
 
 
 def prompts_of(model_dir: Path) -> dict[str, str]:

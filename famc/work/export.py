@@ -135,11 +135,13 @@ def gguf(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """One file for llama.cpp and what is built on it."""
     from famc.work.gguf_build import build_gguf
 
-    quant, name = str(job.params["quant"]), str(job.params["name"])
-    target = out / gguf_name(name, quant)
+    quant, name, task = (str(job.params.get(key, TEXT)) for key in ("quant", "name", "task"))
     return dict(
-        build_gguf(inputs["model"], target, quant, name=name, threads=job.threads, progress=job.progress)
-    )
+        build_gguf(
+            inputs["model"], out / gguf_name(name, quant), quant, name=name, task=task, threads=job.threads,
+            progress=job.progress,
+        )
+    )  # fmt: skip
 
 
 def compressed(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""A Hugging Face decoder folder to one GGUF file, for llama.cpp, Ollama and LM Studio.
+"""A Hugging Face folder of a decoder, embedder or reranker to one GGUF file, for llama.cpp, Ollama and LM Studio.
 
 In: a model folder (config.json, safetensors, tokenizer). Out: one .gguf with weights, tokenizer and chat
-template. f16, bf16, f32 and q8_0 are written here; what llama.cpp mixes by its own rules (q4_k_m keeps some
+template, or pooling. f16, bf16, f32 and q8_0 are written here; what llama.cpp mixes by its own rules (q4_k_m keeps some
 tensors at more bits) is made by llama.cpp itself.
 
 Refused rather than guessed, since llama.cpp would load it and answer wrongly: other architectures and kinds
@@ -12,63 +12,24 @@ from a tokenizer with an NFC normaliser.
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Type
-from safetensors import safe_open
 from transformers import PretrainedConfig
 
-from famc.errors import StepFailed, did_you_mean
-from famc.work.checkpoint import decoder_config, shards
+from famc.errors import did_you_mean
+from famc.steps.exports import TEXT
 from famc.work.gguf_file import stored_tensors
-from famc.work.gguf_vocabulary import Vocabulary, read_vocabulary
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class Quant:
-    """A quantisation of llama.cpp: the types that its matrices have, and its number in a file's header."""
-
-    types: tuple[Type, ...]
-    file_type: int
-    by_llama_cpp: bool = False
-
-
-_F = gguf.LlamaFileType
-QUANTS: dict[str, Quant] = {
-    "f32": Quant((Type.F32,), _F.ALL_F32),
-    "f16": Quant((Type.F16,), _F.MOSTLY_F16),
-    "bf16": Quant((Type.BF16,), _F.MOSTLY_BF16),
-    "q8_0": Quant((Type.Q8_0,), _F.MOSTLY_Q8_0),
-    # the embedding or the head at q6_k, as everyone's q4_0
-    "q4_0": Quant((Type.Q4_0, Type.Q6_K), _F.MOSTLY_Q4_0, by_llama_cpp=True),
-    "q4_k_m": Quant((Type.Q4_K, Type.Q6_K), _F.MOSTLY_Q4_K_M, by_llama_cpp=True),
-    "q5_k_m": Quant((Type.Q5_K, Type.Q6_K), _F.MOSTLY_Q5_K_M, by_llama_cpp=True),
-    "q6_k": Quant((Type.Q6_K,), _F.MOSTLY_Q6_K, by_llama_cpp=True),
-}
-
-# Architectures and their kinds of RoPE whose logits equal torch's. llama.cpp's qwen3 ignores the tensor that
-# llama3's kind needs.
-ROPE_TYPES = {
-    "LlamaForCausalLM": ("default", "linear", "llama3", "yarn"),
-    "Qwen3ForCausalLM": ("default", "linear", "yarn"),
-}
-ARCHITECTURES = {"LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA, "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3}
-
-CHUNK = 2**22  # weights that are converted at once: 16 MB in f32
+from famc.work.gguf_source import EXACT, QUANTS, ROPE_FREQS, Quant, Source, source_config
+from famc.work.gguf_vocabulary import read_vocabulary
 
 
 def build_gguf(
@@ -77,6 +38,7 @@ def build_gguf(
     quant: str,
     *,
     name: str,
+    task: str = TEXT,
     threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float | int | str]:
@@ -89,13 +51,13 @@ def build_gguf(
         raise ValueError(f"no GGUF quantisation {quant!r}; {did_you_mean(quant, QUANTS)}")
     begun = time.perf_counter()
     how = QUANTS[quant]
-    config = _config(model_dir)
-    vocabulary = read_vocabulary(model_dir, config)
+    config = _config(model_dir, task)
+    vocabulary = read_vocabulary(model_dir, config, task)
     quantize = _llama_quantizer() if how.by_llama_cpp else None  # before minutes of work
     target.parent.mkdir(parents=True, exist_ok=True)
     # a folder of its own: on failure all goes with it, and the rename stays on one disk
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=target.parent) as scratch, ExitStack() as stack:
-        source = Source(model_dir, config, stack)
+        source = _source(model_dir, config, stack, task)
         made = Path(scratch) / "made.gguf"
         if quantize is None:
             source.write(made, how, vocabulary, name, progress)
@@ -113,6 +75,22 @@ def build_gguf(
     }
 
 
+def _config(model_dir: Path, task: str) -> PretrainedConfig:
+    if task == TEXT:
+        return source_config(model_dir)
+    from famc.work.gguf_encoder import encoder_config
+
+    return encoder_config(model_dir, task)
+
+
+def _source(model_dir: Path, config: PretrainedConfig, stack: ExitStack, task: str) -> Source:
+    if task == TEXT:
+        return Source(model_dir, config, stack)
+    from famc.work.gguf_encoder import EncoderSource
+
+    return EncoderSource(model_dir, config, stack, task)
+
+
 def _llama_quantizer() -> Callable[[Path, Path, int, int], None]:
     try:
         from famc.work.llama_cpp import quantize_file
@@ -126,255 +104,22 @@ def _llama_quantizer() -> Callable[[Path, Path, int, int], None]:
 def _facts(made: Path, how: Quant) -> dict[str, float | int | str]:
     tensors = stored_tensors(made)
     types = Counter(tensor.kind for tensor in tensors)
-    fallback = sum(1 for tensor in tensors if len(tensor.shape) > 1 and tensor.kind not in how.types)
+    matrices = [t for t in tensors if len(t.shape) > 1 and t.name not in EXACT]
+    fallback = sum(1 for tensor in matrices if tensor.kind not in how.types)
     return {
         "bytes": made.stat().st_size,
         "tensors": len(tensors),
-        "parameters": sum(math.prod(t.shape) for t in tensors if t.name != _ROPE_FREQS),
+        "parameters": sum(math.prod(t.shape) for t in tensors if t.name != ROPE_FREQS),
         **{f"tensors_{kind.name.lower()}": types[kind] for kind in sorted(types)},
         "fallback": fallback,
     }
 
 
-def _config(model_dir: Path) -> PretrainedConfig:
-    return decoder_config(model_dir, "the GGUF export", ROPE_TYPES, _more_wrong)
-
-
-def _more_wrong(config: PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, bool]:
-    """What llama.cpp can't do beside the usual, or does otherwise silently."""
-    return {
-        f"the activation {config.hidden_act}": config.hidden_act not in ("silu", "swish"),
-        "YaRN with factors of its own (llama.cpp reads none but its defaults)": _odd_yarn(
-            config.rope_parameters
-        ),
-        "quantised weights": bool(raw.get("quantization_config")),
-    }
-
-
-def _odd_yarn(rope: Mapping[str, Any]) -> bool:
-    """llama.cpp ignores a file's `yarn_beta_*` for these architectures: the logits would drift, silently."""
-    if rope["rope_type"] != "yarn":
-        return False
-    usual: dict[str, Any] = {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "attention_factor": 0.1 * math.log(rope["factor"]) + 1.0,
-    }
-    usual |= {"mscale": None, "mscale_all_dim": None, "truncate": True}
-    return any(rope.get(key) not in (None, value) for key, value in usual.items())
-
-
-# --- weights ------------------------------------------------------------------------------------------------
-
-_ROPE_FREQS = "rope_freqs.weight"
-
-
-class Source:
-    """A model folder's tensors under their GGUF names, each read when it is asked for."""
-
-    def __init__(self, model_dir: Path, config: PretrainedConfig, stack: ExitStack) -> None:
-        self._dir = model_dir
-        self._config = config
-        self._arch = ARCHITECTURES[config.architectures[0]]
-        self._where: dict[str, Any] = {}
-        for shard in shards(model_dir):
-            opened = stack.enter_context(safe_open(shard, framework="pt"))
-            self._where |= dict.fromkeys(opened.keys(), opened)
-        names = self._expected()
-        # a tied head in the file is the embedding again; old Llama folders carry RoPE's frequencies
-        ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        found = {n for n in self._where if not n.endswith("rotary_emb.inv_freq")} - ignored
-        if found != set(names):
-            missing, extra = sorted(set(names) - found), sorted(found - set(names))
-            raise ValueError(f"{model_dir}: tensors missing: {missing[:3]}, tensors unknown: {extra[:3]}")
-        translate = gguf.get_tensor_name_map(self._arch, config.num_hidden_layers)
-        self.names: dict[str, str] = {  # GGUF's -> Hugging Face's, in the file's order
-            str(translate.get_name(n, try_suffixes=(".weight", ".bias"))): n for n in names
-        }
-        for n in names:
-            kind = str(self._where[n].get_slice(n).get_dtype())
-            if kind not in _FLOATS:
-                raise ValueError(
-                    f"{n} of {model_dir} is of type {kind}: famc reads unquantised checkpoints only"
-                )
-
-    def _expected(self) -> list[str]:
-        """The names that the configuration asks for."""
-        config = self._config
-        matrices = [
-            *(f"self_attn.{p}_proj" for p in "qkvo"),
-            *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
-        ]
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        if self._arch is gguf.MODEL_ARCH.QWEN3:
-            norms += ["self_attn.q_norm", "self_attn.k_norm"]
-        biased = [
-            m for m in matrices if m.startswith("self_attn") and getattr(config, "attention_bias", False)
-        ]
-        biased += [m for m in matrices if m.startswith("mlp") and getattr(config, "mlp_bias", False)]
-        if biased and self._arch is gguf.MODEL_ARCH.QWEN3:
-            raise ValueError("llama.cpp's qwen3 has no biases")
-        one = [*(f"{m}.weight" for m in (*norms, *matrices)), *(f"{m}.bias" for m in biased)]
-        layers = [f"model.layers.{i}.{n}" for i in range(config.num_hidden_layers) for n in one]
-        head = [] if config.tie_word_embeddings else ["lm_head.weight"]
-        return ["model.embed_tokens.weight", *layers, "model.norm.weight", *head]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """By GGUF name; rows first, as torch has it."""
-        source = self.names[name]
-        return tuple(self._where[source].get_slice(source).get_shape())
-
-    def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor by GGUF name, some rows at a time, in its own type."""
-        source, shape = self.names[name], self.shape(name)
-        if heads := self._permuted(source):
-            yield _interleave(self._where[source].get_tensor(source), heads)
-            return
-        view = self._where[source].get_slice(source)
-        step = max(1, CHUNK // math.prod(shape[1:]))
-        for start in range(0, shape[0], step):
-            yield view[start : start + step]
-
-    def _permuted(self, source: str) -> int:
-        """The heads of a projection whose rows llama.cpp wants in RoPE's original order; 0 for others.
-
-        Its llama rotates neighbours, as Meta's own code; transformers (and llama.cpp's qwen3) rotate halves.
-        """
-        if self._arch is not gguf.MODEL_ARCH.LLAMA:
-            return 0
-        heads = {"q_proj": self._config.num_attention_heads, "k_proj": self._config.num_key_value_heads}
-        return int(heads.get(source.split(".")[-2], 0))
-
-    def lossless(self) -> Quant:
-        """The narrowest float type that holds all of the source exactly."""
-        kinds = {str(self._where[n].get_slice(n).get_dtype()) for n in self.names.values()}
-        only = kinds.pop() if len(kinds) == 1 else ""
-        return QUANTS[{"BF16": "bf16", "F16": "f16"}.get(only, "f32")]
-
-    def type_of(self, name: str, how: Quant) -> Type:
-        """A vector stays in F32; a matrix whose rows don't divide into blocks becomes F16."""
-        shape = self.shape(name)
-        if len(shape) < 2:
-            return Type.F32
-        wanted = how.types[0]
-        return wanted if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Type.F16
-
-    def write(
-        self,
-        path: Path,
-        how: Quant,
-        vocabulary: Vocabulary,
-        name: str,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        """One GGUF file: header, then tensor after tensor."""
-        logging.getLogger("gguf").setLevel(logging.ERROR)
-        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[self._arch])
-        try:
-            self._add_metadata(writer, how, name)
-            vocabulary.add_to(writer)
-            types = {n: self.type_of(n, how) for n in self.names}
-            factors = _rope_factors(self._config)
-            if factors is not None:
-                writer.add_tensor_info(_ROPE_FREQS, factors.shape, factors.dtype, factors.nbytes)
-            for n, kind in types.items():
-                shape = self.shape(n)
-                block, size = gguf.GGML_QUANT_SIZES[kind]
-                nbytes = math.prod(shape) // block * size
-                writer.add_tensor_info(n, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            # Not writer.write_tensor_data: it takes whole tensors, and an embedding is the largest of them.
-            file = writer.fout[0]
-            writer.write_padding(file, file.tell())
-            if factors is not None:
-                file.write(factors.tobytes())
-                writer.write_padding(file, factors.nbytes)
-            for done, (n, kind) in enumerate(types.items()):
-                written = 0
-                for chunk in self.chunks(n):
-                    data = _pack(chunk, kind, f"{self.names[n]} of {self._dir}")
-                    written += file.write(data.tobytes())
-                writer.write_padding(file, written)
-                progress(done + 1, len(types))
-        finally:
-            writer.close()
-
-    def _add_metadata(self, writer: Any, how: Quant, name: str) -> None:
-        config = self._config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rope = config.rope_parameters
-        writer.add_type("model")
-        writer.add_name(name)
-        writer.add_file_type(int(how.file_type))
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_custom_alignment(gguf.GGUF_DEFAULT_ALIGNMENT)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_rope_dimension_count(head_dim)
-        writer.add_rope_freq_base(rope["rope_theta"])
-        if rope["rope_type"] in ("linear", "yarn"):
-            writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-            writer.add_rope_scaling_factor(rope["factor"])
-        if rope["rope_type"] == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-
-
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-
-
-def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Within each head, row i of the first half and row i of the second become neighbours."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def _pack(chunk: torch.Tensor, kind: Type, what: str) -> Array:
-    """Rows of weights as bytes of a GGUF type."""
-    narrow = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}.get(kind)
-    weights = chunk.to(narrow or torch.float32).contiguous()
-    if not bool(torch.isfinite(chunk).all()):
-        raise StepFailed(f"{what} holds numbers that are not finite", "training diverged: look at its losses")
-    # a block's scale is in f16, and q8_0's is the largest weight by 127
-    if not bool(torch.isfinite(weights).all()) or (narrow is None and weights.abs().max() > 127 * 65504):
-        raise StepFailed(f"{what} holds numbers too large for {kind.name.lower()}", "export it in bf16")
-    if narrow is None:
-        packed: Array = gguf.quants.quantize(weights.numpy(), kind)
-        return np.ascontiguousarray(packed)
-    return weights.view(torch.uint8).numpy()
-
-
-def _rope_factors(config: PretrainedConfig) -> Array | None:
-    """What llama.cpp divides each frequency by, for llama3's kind of RoPE.
-
-    From transformers' own frequencies, not from the formula once more: the two can't drift apart.
-    """
-    if config.rope_parameters["rope_type"] != "llama3":
-        return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    plain = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
-    factors: Array = (plain / scaled).to(torch.float32).numpy()
-    return factors
-
-
-def tensor_errors(gguf_file: Path, model_dir: Path) -> dict[str, float]:
+def tensor_errors(gguf_file: Path, model_dir: Path, task: str = TEXT) -> dict[str, float]:
     """Relative squared error of every tensor against the source's weights, by GGUF name, worst first."""
     errors: dict[str, float] = {}
     with ExitStack() as stack:
-        source = Source(model_dir, _config(model_dir), stack)
+        source = _source(model_dir, _config(model_dir, task), stack, task)
         data = np.memmap(gguf_file, mode="r")
         for tensor in stored_tensors(gguf_file):
             if tensor.name not in source.names:

@@ -1,5 +1,5 @@
 """A Hugging Face tokenizer as GGUF knows it: tokens and merges, what each is for, the name of its splitting rule, and
-the chat template without transformers' own tags.
+the chat template without transformers' own tags, or of a reranker how two texts stand beside each other.
 
 In: a model folder's tokenizer files. Out: Vocabulary. ValueError where llama.cpp would give other ids in silence: a
 splitting rule that it has no name for, or a tokenizer that is no byte-level BPE.
@@ -20,7 +20,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer, PretrainedConfig
 
+from famc.steps.exports import RANKING, TEXT
 from famc.work.likelihood import without_bars
+from famc.work.rank_data import template_of
 
 Messages = list[dict[str, str]]
 
@@ -76,6 +78,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     template: str | None
+    pair: str | None = None  # a reranker's two texts at {query} and {document}, with its marks
 
     def add_to(self, writer: Any) -> None:
         writer.add_tokenizer_model("gpt2")
@@ -89,10 +92,13 @@ class Vocabulary:
         writer.add_add_eos_token(self.add_eos)
         if self.template:
             writer.add_chat_template(self.template)
+        if self.pair:  # as llama-server looks for it
+            writer.add_string("tokenizer.chat_template.rerank", self.pair)
 
 
-def read_vocabulary(model_dir: Path, config: PretrainedConfig) -> Vocabulary:
-    """The folder's tokenizer as transformers loads it; ValueError if llama.cpp would give other ids."""
+def read_vocabulary(model_dir: Path, config: PretrainedConfig, task: str = TEXT) -> Vocabulary:
+    """The folder's tokenizer as transformers loads it; ValueError if llama.cpp would give other ids. An embedder's or
+    reranker's has no chat template, and its own marks around a text."""
     with without_bars():
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -124,16 +130,25 @@ def read_vocabulary(model_dir: Path, config: PretrainedConfig) -> Vocabulary:
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
     if not merges:
         raise ValueError(f"{model_dir}: a tokenizer without merges; llama.cpp can't load one")
-    add_bos, add_eos = _added_around(tokenizer)
+    before, after = _added_around(tokenizer)
+    if task == TEXT:
+        strange = before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id])
+        ids = _roles(model_dir, tokenizer, config, by_id)
+    else:
+        strange = len(before) > 1 or len(after) > 1
+        ids = _marks(tokenizer, before, after)
+    if strange:
+        raise ValueError(f"the tokenizer adds {before} before a text and {after} after it; llama.cpp can't")
     return Vocabulary(
         pre=pre,
         tokens=tokens,
         types=[int(t) for t in types],
         merges=merges,
-        ids=_roles(model_dir, tokenizer, config, by_id),
-        add_bos=add_bos,
-        add_eos=add_eos,
-        template=_template(tokenizer),
+        ids=ids,
+        add_bos=bool(before),
+        add_eos=bool(after),
+        template=_template(tokenizer) if task == TEXT else None,
+        pair=_pair(tokenizer, added) if task == RANKING else None,
     )
 
 
@@ -193,16 +208,42 @@ def _splitting_rule(steps: Sequence[Mapping[str, Any]]) -> str:
     return json.dumps(list(steps), ensure_ascii=False)
 
 
-def _added_around(tokenizer: Any) -> tuple[bool, bool]:
-    """Does the tokenizer put a BOS before the text, an EOS after it?"""
+def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before a text, and after it."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     at = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), -1)
-    before, after = ids[: max(at, 0)], ids[max(at, 0) + len(bare) :]
-    strange = before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id])
-    if at < 0 or strange:
-        raise ValueError(f"the tokenizer adds {before} before a text and {after} after it; llama.cpp can't")
-    return bool(before), bool(after)
+    if at < 0:
+        raise ValueError(f"the tokenizer reads a text otherwise between its marks: {ids}, alone {bare}")
+    return ids[:at], ids[at + len(bare) :]
+
+
+def _marks(tokenizer: Any, before: list[int], after: list[int]) -> dict[str, int]:
+    """The special ids of an encoder: llama.cpp calls what it puts around a text BOS and EOS, whatever they are."""
+    ends = [i for i in (*after, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
+    if not ends:
+        raise ValueError("the tokenizer has no mark behind a text, no eos_token and no pad_token")
+    # without a BOS llama.cpp calls id 11 one, a word of text
+    ids = {"eos": ends[0], "bos": before[0] if before else ends[0]}
+    for role in ("pad", "sep", "mask"):
+        own = getattr(tokenizer, f"{role}_token_id")
+        if own is not None:
+            ids[role] = own
+    return ids
+
+
+def _pair(tokenizer: Any, added: Mapping[str, Any]) -> str:
+    """How a reranker's tokenizer writes two texts; ValueError if llama.cpp would not read its marks as such."""
+    parts = template_of(tokenizer)
+    marks = [
+        [tokenizer.convert_ids_to_tokens(i) for i in ids]
+        for ids in (parts.before, parts.between, parts.after)
+    ]
+    plain = [mark for some in marks for mark in some if mark not in added]
+    if plain:
+        raise ValueError(f"the tokenizer puts {plain} around texts, which are no tokens that were added")
+    before, between, after = ("".join(some) for some in marks)
+    return f"{before}{{query}}{between}{{document}}{after}"
 
 
 def _roles(

@@ -1,6 +1,6 @@
 """A Modelfile: what Ollama must be told of a GGUF file, since it does not run the chat template inside.
 
-In: the file's name, the template in Jinja, end marks, context. Out: text.
+In: the file's name, the template in Jinja, end marks, context. Out: text. An embedder has no template.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ def modelfile(gguf_name: str, template: str | None, stops: Sequence[str], contex
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     lines += [f"PARAMETER num_ctx {context}", "PARAMETER temperature 0"]
     return "\n".join(lines) + "\n"
+
+
+def embedder_modelfile(gguf_name: str, context: int) -> str:
+    """The same of an embedder: pooling and the marks around a text are in the file; prompts are the client's to write."""
+    return f"FROM ./{gguf_name}\nPARAMETER num_ctx {context}\n"
 
 
 def is_chatml(template: str) -> bool:

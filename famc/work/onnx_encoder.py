@@ -186,7 +186,7 @@ def read_pooling(model_dir: Path) -> Pooling:
     kinds = [kind for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise StepFailed(
-            f"the ONNX export can't do the modules {', '.join(kinds)} of {model_dir}",
+            f"the export can't do the modules {', '.join(kinds)} of {model_dir}",
             "it knows Transformer, Pooling and, after them, Normalize",
         )
     path = model_dir / modules[1][1] / "config.json"
@@ -196,12 +196,12 @@ def read_pooling(model_dir: Path) -> Pooling:
         chosen = [config["pooling_mode"]]
     if len(chosen) != 1 or (mode := POOLING_FLAGS.get(chosen[0], chosen[0])) not in POOLING_FLAGS.values():
         raise StepFailed(
-            f"the ONNX export can't pool by {', '.join(chosen) or 'nothing'} ({path})",
+            f"the export can't pool by {', '.join(chosen) or 'nothing'} ({path})",
             f"it knows one of {', '.join(POOLING_FLAGS)}",
         )
     if config.get("include_prompt", True) is False:
         raise StepFailed(
-            f"the ONNX export can't leave prompts out of the pooling ({path})",
+            f"the export can't leave prompts out of the pooling ({path})",
             "train with include_prompt: true",
         )
     return Pooling(mode, "Normalize" in kinds)

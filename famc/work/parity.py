@@ -128,14 +128,18 @@ def run(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
 def _vectors(job: Job, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """An embedder's vectors, or a reranker's logits, and the order that both sides put passages in."""
     from famc.work.compare_vectors import Pairs, compare_embedder, compare_reranker
+    from famc.work.encoder_session import gguf_ids
 
     pairs, texts = None, _texts(inputs, int(job.params["texts"]))
     if found := _pairs(inputs):
         pairs = Pairs.of(found, int(job.params["pairs"]))
         texts = [*pairs.queries, *pairs.passages]
+    fmt, task = str(job.params["format"]), str(job.params["task"])
     told = own_ids(inputs["model"], _folder(job, inputs), texts)
-    export = inputs["export"] if job.params["format"] == "safetensors" else graph_of(inputs["export"])
-    compare = compare_embedder if job.params["task"] == VECTORS else compare_reranker
+    export = {"onnx": graph_of, "gguf": gguf_of}.get(fmt, Path)(inputs["export"])
+    if fmt == "gguf" and told["tokenizer"] == "exact":
+        told = gguf_ids(inputs["model"], export, texts, task, job.threads)
+    compare = compare_embedder if task == VECTORS else compare_reranker
     made = compare(inputs["model"], export, texts, load_tokenizer(inputs["model"]), job.threads, pairs=pairs)
     return _written(out, made, told)
 
@@ -216,6 +220,11 @@ def graph_of(export: Path) -> Path:
     return export / _one(export, names, "ONNX graphs")
 
 
+def gguf_of(export: Path) -> Path:
+    """The one file of a GGUF export."""
+    return export / _one(export, [path.name for path in sorted(export.glob("*.gguf"))], "GGUF files")
+
+
 def reloaded(export: Path, fmt: str, threads: int, context: int) -> Decoder:
     """The export in the runtime that its users load it with; `context`: the longest row that it will see."""
     if fmt in ("safetensors", *CALIBRATED_FORMATS):
@@ -227,8 +236,7 @@ def reloaded(export: Path, fmt: str, threads: int, context: int) -> Decoder:
     if fmt == "gguf":
         from famc.work.llama_cpp import LlamaDecoder
 
-        names = [path.name for path in sorted(export.glob("*.gguf"))]
-        return LlamaDecoder(export / _one(export, names, "GGUF files"), threads, context)
+        return LlamaDecoder(gguf_of(export), threads, context)
     raise StepFailed(f"parity can't load the format {fmt}", f"known: {', '.join(DEFAULT_QUANT)}")
 
 

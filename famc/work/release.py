@@ -1,7 +1,7 @@
 """`release`: a variant's finished folder, as the hub and its clients expect it.
 
 In: model, tokenizer, card, `export.<label>`. Out, by `format`: a Hugging Face model folder with README.md, onnx/ and,
-of a decoder, genai_config.json, or, of an embedder, sentence-transformers' files; the same with the quantised weights of gptq or awq; or GGUF files with a Modelfile. And
+of a decoder, genai_config.json, or, of an embedder, sentence-transformers' files; the same with the quantised weights of gptq or awq; or GGUF files with a Modelfile, which Ollama needs and a reranker has not. And
 release.json, the list of its files. Large files are hard links. At last a model folder is loaded as a user would load
 it; GGUF files were loaded by llama.cpp in their parity checks.
 """
@@ -158,8 +158,9 @@ def complete(job: Job, out: Path, required: Sequence[str]) -> None:
 def gguf_folder(
     job: Job, inputs: Mapping[str, Path], exports: Mapping[str, Path], out: Path
 ) -> dict[str, Any]:
-    """A folder for llama.cpp: every GGUF file, and a Modelfile with which Ollama serves the smallest."""
-    from famc.work.ollama import modelfile
+    """A folder for llama.cpp: every GGUF file, and a Modelfile with which Ollama serves the smallest; Ollama serves no
+    rerankers."""
+    from famc.work.ollama import embedder_modelfile, modelfile
 
     files = [path for folder in exports.values() for path in sorted(folder.glob("*.gguf"))]
     if len(files) != len(exports):
@@ -168,11 +169,18 @@ def gguf_folder(
         )
     for path in files:
         link_or_copy(path, out / path.name)
-    tokenizer = load_tokenizer(inputs["tokenizer"])
-    ends = [tokenizer.convert_ids_to_tokens(i) for i in sorted(end_ids(tokenizer))]
-    smallest = min(files, key=lambda path: (path.stat().st_size, path.name))
-    text = modelfile(smallest.name, tokenizer.chat_template, ends, int(job.params["max_context"]))
-    (out / "Modelfile").write_text(text, encoding="utf-8")
+    smallest = min(files, key=lambda path: (path.stat().st_size, path.name)).name
+    model, context = inputs["model"], int(job.params["max_context"])
+    task = task_in(read_json(model / "config.json"), (model / "modules.json").is_file())
+    text = ""
+    if task == TEXT:
+        tokenizer = load_tokenizer(inputs["tokenizer"])
+        ends = [tokenizer.convert_ids_to_tokens(i) for i in sorted(end_ids(tokenizer))]
+        text = modelfile(smallest, tokenizer.chat_template, ends, context)
+    elif task == VECTORS:
+        text = embedder_modelfile(smallest, context)
+    if text:
+        (out / "Modelfile").write_text(text, encoding="utf-8")
     if "card" in inputs:
         link_or_copy(inputs["card"] / "README.md", out / "README.md")
     return {"ggufs": len(files)}

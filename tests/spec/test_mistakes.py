@@ -834,13 +834,25 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
         "35:91: exports.0: hqq searches for zero points, so it can't be symmetric; leave symmetric out, or take rtn",
     ]),
     ("gptq of an embedder", finders(EMB, emb="s") + exported("v-emb", "s", "gptq, bits: 4, calibrate: {data: qa}"), [
-        "35:45: exports.0: gptq 4 does not support feature-extraction models of architecture 'qwen3' (size s); the nearest that is supported is onnx int4; also onnx int8, safetensors bf16, safetensors fp32, onnx fp32",
+        "35:45: exports.0: gptq 4 does not support feature-extraction models of architecture 'qwen3' (size s); the nearest that is supported is gguf q4_0; also gguf q4_k_m, onnx int4, gguf q8_0, onnx int8, safetensors bf16, gguf f16, safetensors fp32, onnx fp32",
     ]),
     ("awq of a reranker", finders(RANK, rank="b") + exported("v-rank", "b", "awq, bits: 4, calibrate: {data: qa}"), [
         "35:46: exports.0: awq 4 does not support text-ranking models of architecture 'bert' (size b); the nearest that is supported is onnx int4; also onnx int8, safetensors bf16, safetensors fp32, onnx fp32",
     ]),
     ("fp16 of an embedder", finders(EMB, emb="s") + exported("v-emb", "s", "onnx, quant: fp16"), [
-        "35:45: exports.0: onnx fp16 does not support feature-extraction models of architecture 'qwen3' (size s); the nearest that is supported is onnx int8; also onnx int4, onnx fp32, safetensors bf16, safetensors fp32",
+        "35:45: exports.0: onnx fp16 does not support feature-extraction models of architecture 'qwen3' (size s); the nearest that is supported is onnx int8; also onnx int4, onnx fp32, safetensors bf16, gguf f16, gguf q8_0, gguf q4_k_m, gguf q4_0, safetensors fp32",
+    ]),
+    ("gguf of an embedder that reads words", finders(emb("text: words"), emb="s") + exported("v-emb", "s", "gguf, quant: [f16, q8_0]"), [
+        "35:45: exports.0: no GGUF of s/v-emb: its tokenizer lower-cases and splits (text: words), and llama.cpp can't normalise text; onnx can do it: its tokenizer does; or train it with text: as_is",
+    ]),
+    ("gguf of an embedder that reads words at one size", finders(emb("by: {m: {text: words}}"), emb="s, m") + exported("v-emb", "s, m", "gguf, quant: f16"), [
+        "35:48: exports.0: no GGUF of m/v-emb: its tokenizer lower-cases and splits (text: words), and llama.cpp can't normalise text; onnx can do it: its tokenizer does; or train it with text: as_is",
+    ]),
+    ("gguf of a reranker that sees both ways", finders(emb("bidirectional: true"), "rank: {kind: rerank, from: emb, data: pairs}", rank="s") + exported("v-rank", "s", "gguf, quant: f16"), [
+        "36:46: exports.0: no GGUF of s/v-rank: its tokens see what follows, and llama.cpp then reads the score off the first one; onnx can do it",
+    ]),
+    ("gguf of a bert that reranks", finders(RANK, rank="b") + exported("v-rank", "b", "gguf, quant: f16"), [
+        "35:46: exports.0: gguf f16 does not support text-ranking models of architecture 'bert' (size b); the nearest that is supported is safetensors bf16; also onnx int8, onnx int4, safetensors fp32, onnx fp32",
     ]),
     ("int4 of a masked language model", finders("mlm: {kind: pretrain, data: text}", mlm="b") + exported("v-mlm", "b", "onnx, quant: int4"), [
         "35:45: exports.0: onnx int4 does not support fill-mask models of architecture 'bert' (size b); the nearest that is supported is safetensors bf16; also safetensors fp32",

@@ -32,10 +32,11 @@ from famc.errors import StepFailed
 from famc.steps.others import CHATML as FAMILY_CHATML
 from famc.steps.others import SPECIAL_TOKENS
 from famc.work import compare as compare_module
-from famc.work import gguf_build, gguf_vocabulary
+from famc.work import gguf_source, gguf_vocabulary
 from famc.work.compare import TorchDecoder, compare, compare_logits
-from famc.work.gguf_build import QUANTS, build_gguf, tensor_errors
+from famc.work.gguf_build import build_gguf, tensor_errors
 from famc.work.gguf_file import Stored, stored_tensors
+from famc.work.gguf_source import QUANTS
 from famc.work.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name, without_generation_marks
 from famc.work.ollama import is_chatml, modelfile
 from famc.work.tokenizer import ODD, SPLIT
@@ -267,7 +268,7 @@ def test_shards_chunks_and_threads_change_no_byte(
     for shard in set(index.values()):
         save_file({n: w for n, w in weights.items() if index[n] == shard}, model / shard)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    monkeypatch.setattr(gguf_build, "CHUNK", 640)
+    monkeypatch.setattr(gguf_source, "CHUNK", 640)
     build_gguf(model, tmp_path / "b.gguf", "q8_0", name="x", threads=2)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
