@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from fake_build import Fake, toy_plan, write_spec
-from test_calibrate import figures
+from test_this_cpu import figures
 
 from famc.cli import COMMANDS, main
 from famc.plan import Plan
