@@ -30,7 +30,7 @@ from famc.store import Store, read_record
 
 PROMISE, LEAST = 0.25, 5.0
 SPEC = Path(__file__).parents[1] / "specs" / "pydoc.yaml"
-PROFILES = (None, "compare", "reranker", "others")
+PROFILES = (None, "compare", "others")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from famc.backend import Accelerator, UnknownAccelerator, load_accelerator
-from famc.cost import money
 from famc.errors import FitError, UsageError, did_you_mean
 from famc.graph import Graph
 from famc.plan import Plan, Planned, plan
@@ -98,7 +97,7 @@ def _total(name: str, made: Plan, objective: Objective | None, seconds: float) -
         _usd(steps, spot=False),
         _usd(steps, spot=True),
         energy,
-        money.co2e_kg(energy),
+        sum(step.co2e_kg for step in steps),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from famc.backend import Accelerator, load_accelerator, local_cpu
+from famc.cost.money import WORLD, Grid, grid
 from famc.spec.family import BackendUse, Family
 
 LOCAL = "local"
@@ -28,6 +29,7 @@ class Hardware:
     usd_per_device_hour: float
     price_basis: str
     runtime: Literal["accelerate", "any"] = "accelerate"
+    grid: Grid = WORLD
     notes: tuple[str, ...] = ()  # about this machine: why a calibration of it was not used
 
     @property
@@ -65,7 +67,9 @@ def _use(
             accelerator.__dict__.pop("device", None)  # the copy's own, not what the original has cached
     devices = use.per_node if accelerator.kind == "gpu" else 1
     price, basis = _price(use, accelerator, devices)
-    return Hardware(name, accelerator, use.nodes, devices, use.scheduler, price, basis, use.runtime, notes)
+    return Hardware(
+        name, accelerator, use.nodes, devices, use.scheduler, price, basis, use.runtime, grid(use.grid), notes
+    )
 
 
 def _price(use: BackendUse, accelerator: Accelerator, devices: int) -> tuple[float, str]:

@@ -82,6 +82,10 @@ class Planned:
         share = self.threads / device.cores if device.kind == "cpu" else 1.0
         return money.energy_kwh(self.seconds, self.layout.devices, device) * share
 
+    @property
+    def co2e_kg(self) -> float:
+        return money.co2e_kg(self.energy_kwh, self.hardware.grid)
+
     def to_dict(self) -> dict[str, Any]:
         """The step as `famc plan --json` shows it."""
         node, layout, held = self.node, self.layout, self.memory
@@ -106,7 +110,7 @@ class Planned:
             "params": {"total": parameters.total, "active": parameters.active} if parameters else {"total": 0, "active": 0},
             "tokens": node.work.tokens, "flops": node.work.flops, "mfu": self.mfu, "seconds": self.seconds,
             "interval": list(self.interval), "device_hours": self.device_hours, "cost_usd": self.cost_usd, "energy_kwh": self.energy_kwh,
-            "co2e_kg": money.co2e_kg(self.energy_kwh), "basis": self.basis,
+            "co2e_kg": self.co2e_kg, "basis": self.basis,
         }  # fmt: skip
 
 
@@ -141,7 +145,7 @@ class Plan:
             "device_hours": sum(s.device_hours for s in run),
             "cost_usd": sum(s.cost_usd for s in run),
             "energy_kwh": sum(s.energy_kwh for s in run),
-            "co2e_kg": sum(money.co2e_kg(s.energy_kwh) for s in run),
+            "co2e_kg": sum(s.co2e_kg for s in run),
             "flops": sum(s.node.work.flops for s in run),
             "tokens": sum(s.node.work.tokens for s in run),
         }

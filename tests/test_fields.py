@@ -317,6 +317,7 @@ ROWS: dict[str, Row] = {
     "backends.*.partition": w("backends.pool.partition=big", "launcher"),
     "backends.*.usd_per_gpu_hour": row("backends.box.usd_per_gpu_hour=5", "plan"),
     "backends.*.usd_per_hour": row("backends.laptop.usd_per_hour=0.5", "plan"),
+    "backends.*.grid": row("backends.laptop.grid=france", "plan"),
     "place": row("place.m/pretrain=laptop", "plan"),
     # --- release
     "release.to": row("release.to=hf", "job"),

@@ -7,6 +7,7 @@ from pathlib import Path as FilePath
 
 from famc.backend import Accelerator, UnknownAccelerator, load_accelerator
 from famc.checks.names import DATA, Names, safe_text, unknown
+from famc.cost.money import grid
 from famc.errors import did_you_mean
 from famc.spec.load import Spec
 from famc.spec.text import Path
@@ -149,6 +150,10 @@ def backends(spec: Spec) -> Iterator[Fault]:
             yield Fault(
                 (*path, "use"), f"backends.{name}: 'gpu' and 'use' exclude each other", "keep one", key=True
             )
+        try:
+            grid(use.grid)
+        except ValueError as error:
+            yield Fault((*path, "grid"), f"backends.{name}.grid: {error}")
         for key, chip in (("gpu", use.gpu), ("use", use.use)):
             if chip is None:
                 continue

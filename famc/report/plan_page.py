@@ -237,8 +237,14 @@ def _hardware_lines(plan: Plan) -> list[str]:
     price = "; ".join(
         f"{name}: ${h.usd_per_device_hour:g} a device-hour ({h.price_basis})" for name, h in used.items()
     )
+    grids = "; ".join(
+        dict.fromkeys(
+            f"{h.grid.name} {h.grid.kg_per_kwh:g} kg a kWh ({h.grid.date or h.grid.source})"
+            for h in used.values()
+        )
+    )
     notes = dict.fromkeys(note for h in used.values() for note in h.notes)
-    return [f"prices: {price}", *(f"note: {note}" for note in notes)]
+    return [f"prices: {price}", f"electricity: {grids}", *(f"note: {note}" for note in notes)]
 
 
 def whatif_lines(rows: Sequence[Row], width: int = WIDE) -> list[str]:

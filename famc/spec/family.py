@@ -361,6 +361,10 @@ class BackendUse(Strict):
     )
     usd_per_gpu_hour: float | None = Field(None, ge=0, description="price of one accelerator-hour")
     usd_per_hour: float | None = Field(None, ge=0, description="price of one node-hour")
+    grid: str | float | None = Field(
+        None,
+        description="where electricity comes from: a country, or kg CO2e for a kWh; default: the world's average",
+    )
 
 
 class Target(Strict):

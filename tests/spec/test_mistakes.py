@@ -659,6 +659,12 @@ MISTAKES: list[tuple[str, list[tuple[str, str]], list[str]]] = [
     ("unknown gpu", [("gpu: h100-80g", "gpu: h100-90g")], [
         "40:14: backends.box.gpu: no accelerator is called 'h100-90g'; did you mean 'h100-80g'?",
     ]),
+    ("grid that nobody knows", [("gpu: h100-80g", "grid: atlantis, gpu: h100-80g")], [
+        "40:15: backends.box.grid: no grid `atlantis`: name one of world, europe, australia, austria, belgium, canada, czechia, denmark, estonia, finland, france, germany, netherlands, norway, poland, sweden, switzerland, united-kingdom, united-states, or kg CO2e for a kWh as a number",
+    ]),
+    ("grid in grams", [("gpu: h100-80g", "grid: 473, gpu: h100-80g")], [
+        "40:15: backends.box.grid: grid is 473 kg CO2e for a kWh: it lies between 0 and 2 (France 0.044, Poland 0.615)",
+    ]),
     ("gpu that is a cpu", [("gpu: h100-80g", "gpu: cpu")], [
         "40:14: backends.box.gpu: 'cpu' is no GPU; write it under 'use'",
     ]),
