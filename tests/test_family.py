@@ -52,6 +52,7 @@ def test_every_variant_is_released_with_its_files(built: Path) -> None:
     assert {(v["size"], v["variant"]) for v in index["variants"]} == {
         *((s, v) for s in ("m", "s") for v in ("base", "instruct")),
         ("e", "embedding"),
+        ("r", "reranker"),
     }
     for variant in index["variants"]:
         folder = built / "release" / variant["folder"]
@@ -64,6 +65,7 @@ def test_every_variant_is_released_with_its_files(built: Path) -> None:
         }
         if variant["variant"] == "embedding":
             needed |= {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"}
+        if variant["variant"] in ("embedding", "reranker"):
             needed |= {f"onnx/model{name}.onnx" for name in ("", "_int8", "_q4")}
         else:
             needed |= {"generation_config.json"}

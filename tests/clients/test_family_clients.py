@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from clients import clean_transformers, sentence_transformers, transformers_js
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoTokenizer
 
 from famc.steps.exports import CAPABILITIES, JS_DTYPES, ONNX_FILES, TEXT, folder_suffix, gguf_name
@@ -84,7 +84,9 @@ def exports(built: Path) -> list[tuple[str, str, str, str]]:
 
 def test_the_release_holds_every_export_of_the_spec(built: Path) -> None:
     made = exports(built)
-    assert len(made) == 2 * (1 + 4 + 1 + 4) + 3  # bf16; four ONNX; GPTQ; four GGUF; the embedder's ONNX
+    assert (
+        len(made) == 2 * (1 + 4 + 1 + 4) + 2 * 3
+    )  # bf16; four ONNX; GPTQ; four GGUF; ONNX of the embedder and the reranker
     index = json.loads((built / "release" / "family.json").read_text())
     assert not [entry for entry in index["variants"] if "not_released" in entry]
     repos = {entry["repo"] for entry in index["variants"]}
@@ -96,7 +98,7 @@ def test_every_export_loads_in_every_client_of_its_row_and_answers_as_the_model(
     rows = {(row.format, row.quant): row for row in CAPABILITIES if row.task == TEXT and "qwen3" in row.archs}
     wrong, tried = [], set()
     for size, variant, fmt, quant in exports(built):
-        if variant == "embedding":
+        if variant in ("embedding", "reranker"):
             continue
         folder = released(built, size, variant, fmt, quant)
         model = source(built, size, variant)
@@ -132,6 +134,24 @@ def test_the_embedder_finds_the_same_in_every_client(built: Path, quant: str) ->
     ):
         assert (np.asarray(found) * wanted).sum(1).min() >= least, name
     assert (np.asarray(here["torch"]) * wanted).sum(1).min() >= 0.99999
+
+
+@pytest.mark.parametrize("quant", ["fp32", "int8", "int4"])
+def test_the_reranker_scores_the_same_in_every_client(built: Path, quant: str) -> None:
+    """Which of two texts a token belongs to reaches the model in every client, though transformers.js says nothing of it."""
+    folder = released(built, "r", "reranker", "onnx", quant)
+    rows = heldout(next((built / "store" / "data").glob("names-*")), 12, ["query", "positives"])
+    passages = [text for row in rows if len(text := json.loads(row["positives"])[0]) < 400]
+    pairs = [[str(row["query"]), text] for row in rows[:4] for text in passages]
+    wanted = np.asarray(CrossEncoder(str(folder), device="cpu").predict([tuple(p) for p in pairs])).ravel()
+    asked = {"task": "text-ranking", "folder": str(folder), "pairs": pairs}
+    here = sentence_transformers(asked | {"file": ONNX_FILES[quant]})["onnx"]
+    there = transformers_js(asked | {"dtype": JS_DTYPES[quant]})["logits"]
+    for name, found in (("sentence-transformers", here), ("transformers.js", there)):
+        got = np.asarray(found, dtype=np.float64).ravel()
+        if quant == "fp32":
+            assert np.abs(got - wanted).max() <= 1e-3, name
+        assert np.corrcoef(got, wanted)[0, 1] >= 0.95, name
 
 
 # --- clients: "" or what is wrong --------------------------------------------------------------------------------------
