@@ -19,10 +19,10 @@ from typing import Any
 from famc.backend import Accelerator, UnknownAccelerator, load_accelerator, local_cpu
 from famc.cost import money, sums
 from famc.cost.anatomy import Anatomy
-from famc.cost.cases.model import Row
 from famc.cost.cases.rows import Case, case
 from famc.cost.cases.unplaced import place
 from famc.cost.cases.whole_run import Runs, assumed_batch, runs
+from famc.cost.columns import Row
 from famc.cost.cpu_assumed import rates
 from famc.cost.cpu_time import Step, step_seconds
 from famc.cost.device import Device

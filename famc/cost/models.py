@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from famc.cost.anatomy import Anatomy
+from famc.cost.columns import need, whole
 from famc.cost.hf.text import Latent, Mixture, Text, decoder
 
 _NORM = {"rms": 1, "ln_nobias": 1, "ln": 2, "none": 0}
@@ -121,6 +122,14 @@ def published() -> dict[str, Published]:
     }
 
 
+COLUMNS = (
+    "config_key", "model", "family", "attn", "layers", "hidden", "ffn", "mlp_type", "heads", "kv_heads", "head_dim", "vocab",
+    "tied_embeddings", "learned_pos", "norm", "bias", "n_experts", "top_k", "n_shared_experts", "moe_ffn", "n_dense_layers",
+    "dense_ffn", "mla_q_lora", "mla_kv_lora", "mla_nope", "mla_rope", "mla_v",
+)  # fmt: skip
+"""Those that say what a model is made of."""
+
+
 def of_row(row: Mapping[str, str]) -> Anatomy:
     """The anatomy of a decoder given by columns: layers, hidden, ffn, mlp_type (glu, mlp), heads, kv_heads, head_dim, vocab,
     tied_embeddings (yes, no), learned_pos (rows), norm (rms, ln, ln_nobias, none), n_experts, top_k, n_shared_experts,
@@ -129,9 +138,15 @@ def of_row(row: Mapping[str, str]) -> Anatomy:
 
     ValueError that names the column for a missing dimension, a word that is none of these, a number below 1.
     """
+    return _of_values(tuple((row.get(name) or "").strip() for name in COLUMNS))
+
+
+@lru_cache(maxsize=4096)
+def _of_values(values: tuple[str, ...]) -> Anatomy:
+    row = dict(zip(COLUMNS, values, strict=True))
     found = _manner(row)
     manner = found or {}
-    hidden, layers, heads = _number(row, "hidden"), _number(row, "layers"), _number(row, "heads")
+    hidden, layers, heads = need(row, "hidden"), need(row, "layers"), need(row, "heads")
     bias, kv_heads = _bias(row, found), _maybe(row, "kv_heads") or heads
     moe, dense = _mixture(row, manner), frozenset(range(_maybe(row, "n_dense_layers") or 0))
     norm = manner.get("norm", _NORM[_word(row, "norm", tuple(_NORM), "rms")])
@@ -145,11 +160,11 @@ def of_row(row: Mapping[str, str]) -> Anatomy:
     extra = manner.get("extra", 0) + (heads if manner.get("sinks") else 0)
     positions = _maybe(row, "learned_pos") or 0
     text = Text(
-        row.get("config_key") or row.get("model") or "row",
-        vocab=_number(row, "vocab"),
+        row["model"] or row["config_key"] or "row",
+        vocab=need(row, "vocab"),
         layers=layers,
         hidden=hidden,
-        ffn=_maybe(row, "dense_ffn") or _maybe(row, "ffn") or _number(row, "moe_ffn"),
+        ffn=_maybe(row, "dense_ffn") or _maybe(row, "ffn") or need(row, "moe_ffn"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_maybe(row, "head_dim") or hidden // heads,
@@ -191,7 +206,8 @@ def _rows() -> dict[str, dict[str, str]]:
 
 @lru_cache(maxsize=1024)
 def _known(config_key: str) -> Anatomy:
-    return of_row(_rows()[config_key])
+    """Called as who asked for it did."""
+    return replace(of_row(_rows()[config_key]), name=config_key)
 
 
 def _plain(row: Mapping[str, str], column: str) -> str:
@@ -220,9 +236,9 @@ def _mixture(row: Mapping[str, str], manner: Mapping[str, Any]) -> Mixture | Non
     experts = _maybe(row, "n_experts")
     if experts is None:
         return None
-    ffn = _maybe(row, "moe_ffn") or _number(row, "ffn")
+    ffn = _maybe(row, "moe_ffn") or need(row, "ffn")
     shared = (_maybe(row, "n_shared_experts") or 0) * ffn
-    return Mixture(experts, _number(row, "top_k"), ffn, shared, bias=manner.get("bias") == "all")
+    return Mixture(experts, need(row, "top_k"), ffn, shared, bias=manner.get("bias") == "all")
 
 
 def _latent(row: Mapping[str, str]) -> Latent | None:
@@ -230,10 +246,10 @@ def _latent(row: Mapping[str, str]) -> Latent | None:
         return None
     return Latent(
         _maybe(row, "mla_q_lora"),
-        _number(row, "mla_kv_lora"),
-        _number(row, "mla_nope"),
-        _number(row, "mla_rope"),
-        _number(row, "mla_v"),
+        need(row, "mla_kv_lora"),
+        need(row, "mla_nope"),
+        need(row, "mla_rope"),
+        need(row, "mla_v"),
     )
 
 
@@ -246,20 +262,4 @@ def _word(row: Mapping[str, str], column: str, words: tuple[str, ...], default: 
 
 def _maybe(row: Mapping[str, str], column: str) -> int | None:
     """A whole number of at least 1; None where the column is empty, absent or 0."""
-    text = (row.get(column) or "").strip()
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if value < 0 or value != int(value):
-        raise ValueError(f"{column} is {text!r}: it must be a whole number of at least 1")
-    return int(value) or None
-
-
-def _number(row: Mapping[str, str], column: str) -> int:
-    value = _maybe(row, column)
-    if value is None:
-        raise ValueError(f"{column} is {row.get(column) or ''!r}: a model needs it, at least 1")
-    return value
+    return whole(row, column, least=0) or None

@@ -72,12 +72,6 @@ def kv_numbers(attention: Attention) -> int:
     return attention.kv_heads * (attention.qk_dim + attention.v_dim)
 
 
-def kv_bytes_a_token(anatomy: Anatomy, width: float = 2.0) -> float:
-    """Bytes that a token leaves in the key-value cache, at `width` bytes a number. An encoder leaves none, a
-    cross attention's keys and values are those of its source's tokens."""
-    return width * sum(s.layers * sum(kv_numbers(a) for a in _cached(s, cross=False)) for s in anatomy.stacks)
-
-
 def kv_bytes(anatomy: Anatomy, context: float, width: float = 2.0, source: float = 0.0) -> float:
     """Bytes of the cache of one sequence of `context` tokens: windowed layers keep no more than their window. `source`:
     tokens that the cross attentions look at (T5's input, Whisper's frames)."""

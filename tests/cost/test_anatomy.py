@@ -47,15 +47,15 @@ def test_causal_attention_is_half_of_full_and_a_window_is_counted_as_wide_as_it_
 def test_llama3_8b_keeps_128_kib_a_token() -> None:
     """32 layers x 2 x 8 heads x 128 x 2 bytes, as in the Llama 3 report's GQA arithmetic."""
     made = anatomy(PRESETS["llama3-8b"])
-    assert sums.kv_bytes_a_token(made) == 131_072
+    assert sums.kv_bytes(made, 1) == 131_072
     assert sums.kv_bytes(made, 1000) == 131_072_000
 
 
 def test_an_encoder_keeps_no_cache_and_t5_keeps_its_input_too() -> None:
-    assert sums.kv_bytes_a_token(anatomy(PRESETS["bert-base"])) == 0
+    assert sums.kv_bytes(anatomy(PRESETS["bert-base"]), 1) == 0
     made = anatomy(PRESETS["t5-small"])  # 8 layers, 6 heads of 64
-    assert sums.kv_bytes_a_token(made) == 8 * 2 * 6 * 64 * 2
-    assert sums.kv_bytes(made, 10, source=90) == 100 * sums.kv_bytes_a_token(made)
+    assert sums.kv_bytes(made, 1) == 8 * 2 * 6 * 64 * 2
+    assert sums.kv_bytes(made, 10, source=90) == 100 * sums.kv_bytes(made, 1)
 
 
 def test_a_windowed_layer_keeps_no_more_than_its_window_and_a_latent_is_counted_as_it_is() -> None:

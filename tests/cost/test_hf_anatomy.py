@@ -64,7 +64,7 @@ def test_the_cache_of_deepseek_v3_is_that_of_its_paper() -> None:
         "hidden_size": 16384,
         **dense,
     }
-    assert [sums.kv_bytes_a_token(anatomy(c)) for c in (V3, qwen, llama)] == [70_272, 327_680, 516_096]
+    assert [sums.kv_bytes(anatomy(c), 1) for c in (V3, qwen, llama)] == [70_272, 327_680, 516_096]
 
 
 def test_deepseek_v3_activates_37_of_671_billion() -> None:

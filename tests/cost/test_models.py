@@ -74,15 +74,15 @@ def test_an_unknown_family_of_gpt2s_make_has_its_biases() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": ""}, "layers is '': a model needs it"),
+        ({"layers": ""}, "layers is missing"),
         ({"hidden": "0"}, "hidden is '0'"),
         ({"vocab": "many"}, "vocab is 'many'"),
         ({"heads": "2.5"}, "heads is '2.5'"),
         ({"norm": "batch"}, "norm is 'batch'"),
         ({"mlp_type": "conv"}, "mlp_type is 'conv'"),
         ({"kv_heads": "5"}, "32 heads cannot share 5"),
-        ({"n_experts": "8"}, "top_k is ''"),
-        ({"attn": "mla"}, "mla_kv_lora is ''"),
+        ({"n_experts": "8"}, "top_k is missing"),
+        ({"attn": "mla"}, "mla_kv_lora is missing"),
     ],
 )
 def test_a_bad_column_is_named(change: dict[str, str], message: str) -> None:

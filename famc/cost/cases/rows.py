@@ -13,9 +13,10 @@ from typing import TypeVar
 
 from famc.cost.anatomy import Anatomy
 from famc.cost.cases.facts import stated
-from famc.cost.cases.model import Row, anatomy_of, number, whole
+from famc.cost.columns import Row, number, whole
 from famc.cost.device import Device
 from famc.cost.layout import Layout
+from famc.cost.models import of_row
 from famc.cost.setup import Setup, Sharding, Software
 from famc.cost.software import CORE_YEAR, SEQUENCE_YEAR, guess
 
@@ -161,7 +162,7 @@ def case(row: Row, device: Callable[[str], Device]) -> Case:
 
     ValueError, with the column, for a number that is none or not positive and for columns that contradict each other.
     """
-    anatomy = anatomy_of(row)
+    anatomy = of_row(row)
     key = row.get("hardware_key") or row.get("hardware") or ""
     on = device(BACKENDS.get(key, key.lower())) if key else None
     backend = on.name if on else ""

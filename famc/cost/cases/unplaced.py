@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from famc.cost.cases.model import Row
 from famc.cost.cases.rows import HALF_GRADIENTS, PER_NODE, SHARDINGS, Case
 from famc.cost.cases.whole_run import assumed_batch, assumed_devices, stacks
+from famc.cost.columns import Row
 from famc.cost.device import Device
 from famc.cost.search import Priced, Wanted, best
 from famc.cost.setup import Sharding, Software
