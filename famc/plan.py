@@ -9,7 +9,7 @@ blocked (it, or what it needs, can't run here: `because` says why).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from famc.graph import Graph, Node
 from famc.hardware import LOCAL, Hardware
 from famc.hardware import hardware as hardware_of
 from famc.job import KEY_SCHEMA, Job, preimage
-from famc.price import Quote, options, price
+from famc.price import Quote, options, price, question
 from famc.spec.family import Family
 from famc.steps import KINDS
 from famc.store import Store, digest, read_record
@@ -210,6 +210,7 @@ def plan(
     present = store.scan()
     steps: dict[str, Planned] = {}
     unfit: list[str] = []
+    quotes: dict[Hashable, Quote] = {}  # of training steps, which are many and much alike in large families
     for name, node in graph.nodes.items():
         if name not in wanted:
             continue
@@ -217,12 +218,22 @@ def plan(
         key = all_keys[name]
         standing = _status(node, key, present.get(name, []), steps, store)
         try:
-            steps[name] = _planned(node, key, where, *standing, price(node, where))
+            steps[name] = _planned(node, key, where, *standing, _quoted(node, where, quotes))
         except (DoesNotFit, Impossible) as error:
             unfit.append(_unfit(node, where, error))
     if unfit:
         raise FitError("\n".join(unfit))
     return Plan(graph, steps, out, all_keys)
+
+
+def _quoted(node: Node, where: Hardware, known: dict[Hashable, Quote]) -> Quote:
+    """The price of a step, looked up where one like it was priced already."""
+    if node.work.mode != "train":
+        return price(node, where)
+    asked = (where.name, question(node))
+    if asked not in known:
+        known[asked] = price(node, where)
+    return known[asked]
 
 
 def measured(made: Plan) -> Plan:

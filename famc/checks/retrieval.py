@@ -181,6 +181,8 @@ def _at_sizes(
 def _needed(spec: Spec, kind: type[Contrastive]) -> Iterator[tuple[str, str]]:
     """(size, stage) of a kind that some variant publishes, starts from, learns from, or has its negatives from."""
     family, names = spec.family, Names(spec)
+    if not any(isinstance(stage, kind) for stage in family.stages.values()):
+        return
     todo = [
         (size, published)
         for variant, v in family.variants.items()

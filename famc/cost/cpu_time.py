@@ -11,7 +11,6 @@ workers run it (no torch.compile), and were fitted by `benchmarks/cpu_time.py` t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from math import sqrt
 from typing import Literal
 
@@ -102,7 +101,6 @@ class CpuStep:
         return float(sum(getattr(self, f.name) for f in fields(self)))
 
 
-@lru_cache(maxsize=16384)
 def step_seconds(step: Step, rates: CpuRates, *, threads: int = 1, constants: Constants = FITTED) -> CpuStep:
     """Seconds of one optimizer step with `threads` threads, Trainer's own time included.
 

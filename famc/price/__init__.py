@@ -8,15 +8,18 @@ wanted.py: the question to the layout search. gpu.py: training by the layout sea
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from famc.cost.memory import RUNTIME, Memory
 from famc.cost.parameters import count
 from famc.graph import Node
 from famc.hardware import Hardware
 from famc.price import cpu, gpu
 from famc.price.quote import Quote
+from famc.price.wanted import forced
 from famc.steps.exports import export_memory
 
-__all__ = ["Quote", "options", "price"]
+__all__ = ["Quote", "options", "price", "question"]
 
 # A worker without a model still holds Python, the tokenizer, and a few chunks of text (measured: 150–350 MB).
 PLAIN_MEMORY = Memory(overhead=4.0e8)
@@ -30,6 +33,15 @@ def price(node: Node, where: Hardware) -> Quote:
     if where.accelerator.kind == "cpu":
         return cpu.training(node, where) if node.work.mode == "train" else cpu.inference(node, where)
     return gpu.training(node, where) if node.work.mode == "train" else gpu.inference(node, where)
+
+
+def question(node: Node) -> Hashable:
+    """All that pricing reads of a training step: steps that agree in it, on the same hardware, have one price."""
+    lora = node.params.get("lora")
+    return (
+        node.kind, node.shape, node.work, node.params.get("precision"), node.params.get("optimizer"),
+        repr(lora) if lora else None, tuple(sorted(forced(node).items())),
+    )  # fmt: skip
 
 
 def options(node: Node, where: Hardware) -> tuple[Quote, ...]:

@@ -71,9 +71,11 @@ def _choices(instance: Instance, relaxed: Relaxations, only: bool) -> Iterator[C
 
 def _placed(instance: Instance, chosen: Chosen) -> Iterator[Timed]:
     """Schedules of one choice of options."""
-    yield justify(instance, place(instance, chosen, by_tail(instance, chosen)))
+    first = place(instance, chosen, by_tail(instance, chosen))
     if len(instance) > FEW:
+        yield first
         return
+    yield justify(instance, first)
     yield justify(instance, place(instance, chosen, instance.order))
     if sum(instance.capacity) <= LANES:
         yield justify(instance, place(instance, chosen, by_start(instance, place_in_turn(instance, chosen))))
