@@ -45,7 +45,7 @@ KINDS: dict[str, Kind] = {
     "embed": Kind(1, "embed", Embed, "an embedder: contrastive, by sentence-transformers"),
     "rerank": Kind(2, "rerank", Rerank, "a cross-encoder: how well a passage answers a query"),
     **{name: Kind(1, None, model, (model.__doc__ or "").strip()) for name, model in LATER.items()},
-    "export": Kind(2, "export", None, "a variant in another format"),
+    "export": Kind(3, "export", None, "a variant in another format"),
     "parity": Kind(1, "parity", None, "an export, reloaded and compared with its source"),
     "eval": Kind(1, "evaluate", None, "a suite of measurements"),
     "gate": Kind(1, "gate", None, "a condition that must hold"),

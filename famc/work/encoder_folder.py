@@ -47,11 +47,11 @@ WORDS = normalizers.Sequence(
 )
 
 
-def encoder_tokenizer(folder: Path, arch: str, *, words: bool) -> Any:
+def encoder_tokenizer(folder: Path, arch: str, *, words: bool, pairs: bool = False) -> Any:
     """The family's tokenizer as an encoder of this architecture uses it: with marks around a text and between the two
-    of a pair, without a chat template, and with `words` reading lower-cased words."""
+    of a pair, without a chat template, and with `words` reading lower-cased words. `pairs`: for a reranker, as `marked` says."""
     family = load_tokenizer(folder)
-    tokenizer = marked(family, arch) if arch in ENCODERS else _ended(family)
+    tokenizer = marked(family, arch, pairs=pairs) if arch in ENCODERS else _ended(family)
     if words:
         tokenizer.backend_tokenizer.normalizer = WORDS
     return tokenizer

@@ -62,8 +62,9 @@ def mask_of(tokenizer: Any) -> int:
     return int(found)
 
 
-def marked(tokenizer: Any, arch: str) -> Any:
-    """A copy of the tokenizer that puts an architecture's marks around a text, without a chat template."""
+def marked(tokenizer: Any, arch: str, *, pairs: bool = False) -> Any:
+    """A copy of the tokenizer that puts an architecture's marks around a text, without a chat template. `pairs`: for a model
+    that reads two texts: a BERT was made to be told which of them a token belongs to."""
     made = copy.deepcopy(tokenizer)
     made.chat_template = None
     made.model_input_names = ["input_ids", *(["token_type_ids"] if arch == "bert" else []), "attention_mask"]
@@ -80,8 +81,8 @@ def marked(tokenizer: Any, arch: str) -> Any:
         if made.unk_token is None:
             made.unk_token = made.pad_token  # byte-level BPE never says it, but clients ask for one
         single, used = f"{cls} $A {sep}", [cls, sep]
-        # BERT was made to be told which of two texts a token belongs to
-        pair = f"{cls} $A {sep} $B:1 {sep}:1" if arch == "bert" else f"{cls} $A {sep} $B {sep}"
+        second = ":1" if pairs and arch == "bert" else ""
+        pair = f"{cls} $A {sep} $B{second} {sep}{second}"
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, pair=pair, special_tokens=[(t, made.convert_tokens_to_ids(t)) for t in used]
     )

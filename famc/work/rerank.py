@@ -62,7 +62,7 @@ def run(job: Job, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
             f"{job.name}: objective distill learns a teacher's scores, and there is no teacher",
             "name a reranker as teacher, or choose another objective",
         )
-    tokenizer = encoder_tokenizer(inputs["tokenizer"], arch, words=params["text"] == "words")
+    tokenizer = encoder_tokenizer(inputs["tokenizer"], arch, words=params["text"] == "words", pairs=True)
     set_pad(tokenizer)
     head = Head.of(job, inputs, arch)
     lists = read_lists(inputs["data"], inputs.get("negatives"))

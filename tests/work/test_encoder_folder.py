@@ -169,3 +169,17 @@ def test_a_rerankers_folder_holds_no_template(family: Path, tmp_path: Path, arch
         "Identity"
         in json.loads((tmp_path / "out/config.json").read_text())["sentence_transformers"]["activation_fn"]
     )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_only_a_bert_that_reads_pairs_is_told_which_text_a_token_belongs_to(family: Path, arch: str) -> None:
+    """What embedders and masked language models save is as it was: they read one text."""
+    for pairs in (False, True):
+        tokenizer = encoder_tokenizer(family, arch, words=False, pairs=pairs)
+        made = tokenizer("Q", "X", return_token_type_ids=True)
+        second = len(made["input_ids"]) - made["token_type_ids"].count(1)
+        told = pairs and arch == "bert"
+        assert (made["token_type_ids"].count(1) > 0) is told
+        if told:  # from behind the mark between the two, and to the end
+            assert made["token_type_ids"] == [0] * second + [1] * (len(made["input_ids"]) - second)
+            assert made["input_ids"][second - 1] == tokenizer.sep_token_id
